@@ -1,0 +1,1 @@
+# _cuda: built where an nvcc is found.
