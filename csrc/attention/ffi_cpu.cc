@@ -6,8 +6,8 @@
 namespace jax_flash::attention {
 namespace {
 
-ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
-                   ffi::AnyBuffer query_lengths, ffi::AnyBuffer key_lengths,
+ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                   ffi::AnyBuffer value, ffi::AnyBuffer query_lengths, ffi::AnyBuffer key_lengths,
                    ffi::AnyBuffer causal_offset, ffi::AnyBuffer dropout_state,
                    ffi::AnyBuffer head_ids, ffi::AnyBuffer block_mask,
                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
@@ -19,14 +19,14 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer ke
   return cpu::run_forward(params, pool);
 }
 
-ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
-                    ffi::AnyBuffer out, ffi::AnyBuffer lse, ffi::AnyBuffer dout,
-                    ffi::AnyBuffer dlse, ffi::AnyBuffer query_lengths, ffi::AnyBuffer key_lengths,
-                    ffi::AnyBuffer causal_offset, ffi::AnyBuffer dropout_state,
-                    ffi::AnyBuffer head_ids, ffi::AnyBuffer block_mask,
-                    ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
-                    ffi::Result<ffi::AnyBuffer> dv, ffi::Result<ffi::AnyBuffer> workspace,
-                    ffi::Dictionary attributes) {
+ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                    ffi::AnyBuffer value, ffi::AnyBuffer out, ffi::AnyBuffer lse,
+                    ffi::AnyBuffer dout, ffi::AnyBuffer dlse, ffi::AnyBuffer query_lengths,
+                    ffi::AnyBuffer key_lengths, ffi::AnyBuffer causal_offset,
+                    ffi::AnyBuffer dropout_state, ffi::AnyBuffer head_ids,
+                    ffi::AnyBuffer block_mask, ffi::Result<ffi::AnyBuffer> dq,
+                    ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv,
+                    ffi::Result<ffi::AnyBuffer> workspace, ffi::Dictionary attributes) {
   BackwardParams params;
   JAX_FLASH_RETURN_IF_ERROR(decode_backward({query, key, value, query_lengths, key_lengths,
                                              causal_offset, dropout_state, head_ids, block_mask},

@@ -37,8 +37,7 @@ TileKind ask(const QueryTile& tile, int lane_begin, int lane_end, KeyRange keys)
   if (std::max(keys.begin, visible.begin) >= std::min(keys.end, visible.end)) {
     return TileKind::kSkip;
   }
-  const bool is_inside =
-      tile.first[lane_end - 1] <= keys.begin && keys.end <= tile.end[lane_begin];
+  const bool is_inside = tile.first[lane_end - 1] <= keys.begin && keys.end <= tile.end[lane_begin];
   if (tile.blocks == nullptr) return is_inside ? TileKind::kFull : TileKind::kPartial;
 
   const MaskParams& mask = *tile.mask;

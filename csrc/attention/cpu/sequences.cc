@@ -45,14 +45,20 @@ Sequences find_sequences(const Problem& p) {
   for (batch[0] = 0; batch[0] < p.batch_shape[0]; ++batch[0]) {
     for (batch[1] = 0; batch[1] < p.batch_shape[1]; ++batch[1]) {
       for (batch[2] = 0; batch[2] < p.batch_shape[2]; ++batch[2], ++entry) {
-        const auto q = boundaries(entry_of(mask.query_lengths, batch), mask.varlen, p.num_sequences,
-                                  p.seq_q);
+        const auto q =
+            boundaries(entry_of(mask.query_lengths, batch), mask.varlen, p.num_sequences, p.seq_q);
         const auto k =
             boundaries(entry_of(mask.key_lengths, batch), mask.varlen, p.num_sequences, p.seq_k);
         const int32_t* offset = entry_of(mask.causal_offset, batch);
         for (size_t s = 0; s + 1 < q.size(); ++s) {
-          Sequence sequence = {{batch[0], batch[1], batch[2]}, entry,           int64_t(s), q[s],
-                               k[s], q[s + 1] - q[s],          k[s + 1] - k[s], 0};
+          Sequence sequence = {{batch[0], batch[1], batch[2]},
+                               entry,
+                               int64_t(s),
+                               q[s],
+                               k[s],
+                               q[s + 1] - q[s],
+                               k[s + 1] - k[s],
+                               0};
           sequence.diagonal = (offset != nullptr ? offset[0] : 0) +
                               (mask.bottom_right ? sequence.len_k - sequence.len_q : 0);
           found.list.push_back(sequence);

@@ -1,8 +1,8 @@
 // Flash attention backward on one tile of queries, one query a vector lane in the transposed
 // matrices; P is recomputed from lse:
 //
-//   P = exp2(c S - lse log2(e)),   dP^T = V dO^T,   dS = P (dP - delta),   delta = rowsum(dO O) - dlse
-//   dV += P^T dO,   dK += dS^T Q,   dQ^T = K^T dS^T
+//   P = exp2(c S - lse log2(e)),   dP^T = V dO^T,   dS = P (dP - delta),   delta = rowsum(dO O) -
+//   dlse dV += P^T dO,   dK += dS^T Q,   dQ^T = K^T dS^T
 //
 // dV and dK sum over the lanes of P^T and dS^T, which there are the broadcast operand, with a
 // head's dims in the lanes; they are added to the caller's accumulators, dQ is complete. The scale,
@@ -17,7 +17,6 @@ struct BackwardScratch {
   BackwardScratch(const BackwardParams& p, int64_t lanes, void* base) : arena(base) {
     head_stride = round_up(p.head_dim, kLanes);
     value_stride = round_up(p.value_dim, kLanes);
-    const int64_t widest = most(head_stride, value_stride);
     q_rows = arena.take(lanes * head_stride);
     q_t = arena.take(lanes * p.head_dim / kPack);
     q_pairs = kPack == 1 ? q_rows : arena.take(lanes / kPack * head_stride);
@@ -34,7 +33,8 @@ struct BackwardScratch {
     ds_pairs = kPack == 1 ? dp : arena.take(kKeyTile * lanes / kPack);
     dq_t = arena.take(p.head_dim * lanes);
     dq_rows = arena.take(p.head_dim * lanes);
-    row = arena.take(2 * widest);
+    o_rows = arena.take(lanes * p.value_dim / kPack);
+    o_t = arena.take(lanes * p.value_dim / kPack);
     lse_log2 = arena.take(lanes);
     delta = arena.take(lanes);
     draws = arena.take<uint32_t>(p.dropout.threshold > 0 ? lanes * kKeyTile / 2 : 0);
@@ -42,43 +42,49 @@ struct BackwardScratch {
   }
   Arena arena;
   int64_t head_stride, value_stride;  // dims rounded up to whole vectors
-  float *q_rows, *q_t, *q_pairs;  // [lanes][head_stride], [head_dim / kPack][lanes], [lanes / kPack]
+  float *q_rows, *q_t,
+      *q_pairs;  // [lanes][head_stride], [head_dim / kPack][lanes], [lanes / kPack]
   float *dout_rows, *dout_t, *dout_pairs;  // the same of dO
-  float *k_rows, *k_pairs;      // [kKeyTile][head_dim / kPack], [kKeyTile / kPack][head_dim]
-  float* v_rows;                // [kKeyTile][value_dim / kPack]
-  float *s, *dp;                // [kKeyTile][lanes]
-  float *p_rows, *ds_rows;      // [kKeyTile][lanes / kPack]: P and dS, to sum over queries
-  float* ds_pairs;              // [kKeyTile / kPack][lanes]: dS, to sum over keys
-  float *dq_t, *dq_rows;        // [head_dim][lanes], [lanes][head_dim]
-  float* row;                   // a row of dO and one of O, as float32
-  float *lse_log2, *delta;      // [lanes]
-  uint32_t* draws;              // [kKeyTile / 2][lanes]
+  float *k_rows, *k_pairs;  // [kKeyTile][head_dim / kPack], [kKeyTile / kPack][head_dim]
+  float* v_rows;            // [kKeyTile][value_dim / kPack]
+  float *s, *dp;            // [kKeyTile][lanes]
+  float *p_rows, *ds_rows;  // [kKeyTile][lanes / kPack]: P and dS, to sum over queries
+  float* ds_pairs;          // [kKeyTile / kPack][lanes]: dS, to sum over keys
+  float *dq_t, *dq_rows;    // [head_dim][lanes], [lanes][head_dim]
+  float *o_rows, *o_t;      // [lanes][value_dim / kPack], [value_dim / kPack][lanes]
+  float *lse_log2, *delta;  // [lanes]
+  uint32_t* draws;          // [kKeyTile / 2][lanes]
   QueryTile* tile;
 };
 
 // delta = rowsum(dO O) - dlse, and lse in base 2; +inf, hence P = 0, for rows that do not exist or
-// see no key.
+// see no key. delta is summed in the order and by the instruction of dP = dO V^T: where a row sees
+// one key, O = V and dP - delta is exactly 0.
 inline void load_row_statistics(const BackwardParams& p, const Sequence& sequence, int64_t head,
                                 int64_t begin, int64_t rows, int64_t lanes,
                                 BackwardScratch& scratch) {
-  const int64_t first = sequence.query_begin + begin;
-  const Rows16or32 dout = rows_of(p.dout, p.dtype, sequence, head, first);
-  const Rows16or32 out = rows_of(p.o, p.dtype, sequence, head, first);
+  const int64_t first = sequence.query_begin + begin, words = p.value_dim / kPack;
+  load_tile(rows_of(p.o, p.dtype, sequence, head, first), rows, lanes, p.value_dim, scratch.o_rows,
+            words);
+  transpose(scratch.o_rows, lanes, words, words, scratch.o_t, lanes);
+  for (int64_t i = 0; i < lanes; i += kLanes) {
+    Float delta{};
+    for (int64_t d = 0; d < words; ++d) {
+      delta = multiply_add(load<Float>(scratch.o_t + d * lanes + i),
+                           load<Float>(scratch.dout_t + d * lanes + i), delta);
+    }
+    store(scratch.delta + i, delta);
+  }
   const float* lse = rows_of(p.lse, sequence, head, first);
   const float* dlse = p.dlse.data != nullptr ? rows_of(p.dlse, sequence, head, first) : nullptr;
-  float* a = scratch.row;
-  float* b = scratch.row + scratch.value_stride;
-  std::memset(a, 0, 2 * scratch.value_stride * 4);
   for (int64_t i = 0; i < lanes; ++i) {
-    scratch.delta[i] = 0;
-    scratch.lse_log2[i] = __builtin_inff();
-    if (i >= rows || lse[i] == -__builtin_inff()) continue;
-    load_row(dout.data + i * dout.stride_bytes, p.dtype, p.value_dim, a);
-    load_row(out.data + i * out.stride_bytes, p.dtype, p.value_dim, b);
-    Float total{};
-    for (int64_t d = 0; d < p.value_dim; d += kLanes) total += load<Float>(a + d) * load<Float>(b + d);
-    scratch.delta[i] = sum(total) - (dlse != nullptr ? dlse[i] : 0.0f);
-    scratch.lse_log2[i] = lse[i] * kLog2E;
+    const bool sees_keys = i < rows && lse[i] != -__builtin_inff();
+    scratch.lse_log2[i] = sees_keys ? lse[i] * kLog2E : __builtin_inff();
+    if (!sees_keys) {
+      scratch.delta[i] = 0;
+    } else if (dlse != nullptr) {
+      scratch.delta[i] -= dlse[i];
+    }
   }
 }
 
@@ -130,8 +136,8 @@ inline void backward_step(const BackwardParams& p, const DropoutState& dropout, 
                                           head_words);
   if (kind == TileKind::kPartial) mask_scores(tile, 0, vecs, keys, scratch.s, lanes);
   product<Order::kRowMajor, Start::kZero>({scratch.v_rows + skipped * value_words, value_words},
-                                          count, {scratch.dout_t, lanes}, vecs,
-                                          {scratch.dp, lanes}, value_words);
+                                          count, {scratch.dout_t, lanes}, vecs, {scratch.dp, lanes},
+                                          value_words);
 
   score_gradients(count, lanes, scale_log2, dropout, scratch.draws + skipped / 2 * lanes, scratch);
 
@@ -139,8 +145,8 @@ inline void backward_step(const BackwardParams& p, const DropoutState& dropout, 
   const int64_t steps = lanes / kPack;
   product<Order::kRowMajor, Start::kAdd>(
       {scratch.p_rows, steps}, count, {scratch.dout_pairs, scratch.value_stride},
-      scratch.value_stride / kLanes,
-      {dv + keys.begin * scratch.value_stride, scratch.value_stride}, steps);
+      scratch.value_stride / kLanes, {dv + keys.begin * scratch.value_stride, scratch.value_stride},
+      steps);
   product<Order::kRowMajor, Start::kAdd>(
       {scratch.ds_rows, steps}, count, {scratch.q_pairs, scratch.head_stride},
       scratch.head_stride / kLanes, {dk + keys.begin * scratch.head_stride, scratch.head_stride},
@@ -184,8 +190,7 @@ inline void backward_tile(const BackwardParams& p, const Sequence& sequence, int
   const KeyRange seen = visible_keys(tile, 0, static_cast<int>(lanes));
   for (int64_t j = seen.begin / kKeyTile * kKeyTile; j < seen.end; j += kKeyTile) {
     const int64_t loaded = least(kKeyTile, sequence.len_k - j), padded = round_up(loaded, 8);
-    const KeyRange keys = {most(j, seen.begin / 8 * 8),
-                           least(j + padded, round_up(seen.end, 8))};
+    const KeyRange keys = {most(j, seen.begin / 8 * 8), least(j + padded, round_up(seen.end, 8))};
     const TileKind kind = ask(tile, 0, static_cast<int>(lanes), keys);
     if (kind == TileKind::kSkip) continue;
     const int64_t key_row = sequence.key_begin + j;

@@ -32,8 +32,7 @@ JAX_FLASH_INLINE Float from_f16(Half h) {
   // 2^-14 that the subtraction takes back (no float32 denormal on the way: those may be flushed).
   const Int bits = __builtin_convertvector(h, Int);
   const Int moved = (bits & 0x7fff) << 13;
-  const Int denormal =
-      bit_cast<Int>(bit_cast<Float>(moved + (113 << 23)) - 6.103515625e-5f);
+  const Int denormal = bit_cast<Int>(bit_cast<Float>(moved + (113 << 23)) - 6.103515625e-5f);
   const Int special = moved | 0x7f800000;
   Int result = moved < (1 << 23) ? denormal : moved + (112 << 23);
   result = moved >= (31 << 23) ? special : result;

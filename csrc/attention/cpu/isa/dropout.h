@@ -25,8 +25,8 @@ inline DropoutState dropout_of(const Problem& p, const Sequence& sequence, int64
   state.threshold = p.dropout.threshold;
   state.key0 = words[0];
   state.key1 = words[1];
-  state.batch = words[2] * static_cast<uint32_t>(p.num_sequences) +
-                static_cast<uint32_t>(sequence.index);
+  state.batch =
+      words[2] * static_cast<uint32_t>(p.num_sequences) + static_cast<uint32_t>(sequence.index);
   state.head = p.dropout.head_ids[head];
   return state;
 }

@@ -157,9 +157,8 @@ inline void forward_panel(const ForwardParams& p, const DropoutState& dropout, i
 
   // O^T = O^T alpha + V^T P
   product<Order::kStepMajor, Start::kScale>(
-      {scratch.v + skipped / kPack * p.value_dim, p.value_dim}, p.value_dim,
-      {scratch.words, panel}, vecs, {scratch.o_t + lane, lanes}, count / kPack,
-      scratch.alpha + lane);
+      {scratch.v + skipped / kPack * p.value_dim, p.value_dim}, p.value_dim, {scratch.words, panel},
+      vecs, {scratch.o_t + lane, lanes}, count / kPack, scratch.alpha + lane);
 }
 
 inline void forward_tile(const ForwardParams& p, const Sequence& sequence, int64_t head,

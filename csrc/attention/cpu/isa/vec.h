@@ -75,12 +75,6 @@ JAX_FLASH_INLINE Float max(Float a, Float b) {
 #endif
 }
 
-JAX_FLASH_INLINE float sum(Float x) {
-  float total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
-  return total;
-}
-
 // 32 x 32 -> 64 bits, from the low halves of the lanes.
 JAX_FLASH_INLINE Wide multiply_low(Wide a, Wide b) {
 #if defined(__AVX512F__)
