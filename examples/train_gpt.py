@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Fills in the defaults, or a resumed run's own choices; exits with a clear text if they clash."""
+    """Fills in the defaults, or a resumed run's own choices; exits with a clear text on errors."""
     parser = make_parser()
     args = parser.parse_args(argv)
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"

@@ -15,13 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_flash.attention import (
-    attention,
-    attention_kvpacked,
-    attention_qkvpacked,
-    varlen_attention_kvpacked,
-    varlen_attention_qkvpacked,
-)
+from jax_flash._attention import refuse
+from jax_flash.attention import attention, attention_kvpacked, attention_qkvpacked
+from jax_flash.varlen import varlen_attention_kvpacked, varlen_attention_qkvpacked
 
 BlockLayout = Callable[[int, int], ArrayLike]
 
@@ -29,7 +25,7 @@ BlockLayout = Callable[[int, int], ArrayLike]
 def check_rate(dropout_rate: float) -> None:
     """Raises ValueError unless 0 <= dropout_rate < 1; a layer asks even when it does not drop."""
     if not 0.0 <= dropout_rate < 1.0:
-        raise ValueError(f"dropout_rate: expected a number in [0, 1), got {dropout_rate!r}")
+        refuse("dropout_rate", "a rate in [0, 1)", dropout_rate)
 
 
 def check_precision(precision: Any) -> None:
@@ -42,24 +38,18 @@ def check_precision(precision: Any) -> None:
         try:
             part is None or jax.lax.Precision(part)
         except ValueError:
-            raise ValueError(
-                f"precision: expected None, a jax.lax.Precision or its name, got {precision!r}"
-            ) from None
+            refuse("precision", "None, a jax.lax.Precision or its name", repr(precision))
 
 
 def check_heads(num_heads: int, num_kv_heads: int | None, qkv_features: int) -> tuple[int, int]:
     """Returns (num_kv_heads, head_dim) of a layer, or raises ValueError naming the odd one."""
     if num_heads < 1:
-        raise ValueError(f"num_heads: expected a positive number, got {num_heads}")
+        refuse("num_heads", "a positive number", num_heads)
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
-        raise ValueError(
-            f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}"
-        )
+        refuse("num_kv_heads", f"a divisor of num_heads = {num_heads}", num_kv_heads)
     if qkv_features % num_heads != 0:
-        raise ValueError(
-            f"qkv_features: expected a multiple of num_heads = {num_heads}, got {qkv_features}"
-        )
+        refuse("qkv_features", f"a multiple of num_heads = {num_heads}", qkv_features)
     return num_kv_heads, qkv_features // num_heads
 
 
@@ -69,24 +59,18 @@ def check_inputs(
     """Fills in the inputs a caller left out, as Flax does: k is q's, v is k's."""
     if inputs_k is None:
         if inputs_v is not None:
-            raise ValueError(
-                "inputs_k: expected an array when inputs_v is given, got None (for equal keys and "
-                "values pass inputs_k alone)"
+            refuse(
+                "inputs_k", "an array when inputs_v is given (for V = K leave out inputs_v)", None
             )
         inputs_k = inputs_q
     if inputs_v is None:
         inputs_v = inputs_k
     for name, array in (("inputs_q", inputs_q), ("inputs_k", inputs_k), ("inputs_v", inputs_v)):
         if array.ndim < 2 or array.shape[:-2] != inputs_q.shape[:-2]:
-            raise ValueError(
-                f"{name}: expected shape [*B, length, features] with the leading axes "
-                f"{list(inputs_q.shape[:-2])} of inputs_q, got {list(array.shape)}"
-            )
+            leading = inputs_q.shape[:-2]
+            refuse(name, f"[*B, length, features] with *B = {leading}", f"shape {array.shape}")
     if inputs_k.shape[-2] != inputs_v.shape[-2]:
-        raise ValueError(
-            f"inputs_v: expected the length {inputs_k.shape[-2]} of inputs_k, "
-            f"got shape {list(inputs_v.shape)}"
-        )
+        refuse("inputs_v", f"inputs_k's length {inputs_k.shape[-2]}", f"shape {inputs_v.shape}")
     return inputs_q, inputs_k, inputs_v
 
 
@@ -122,10 +106,7 @@ def self_attention(
             qkv, query_seq_lengths=seq_lengths, key_value_seq_lengths=seq_lengths, **options
         )
     if seq_lengths is not None:
-        raise ValueError(
-            "seq_lengths: expected None with cu_seqlens, which already gives each sequence its "
-            "length, got an array"
-        )
+        refuse("seq_lengths", "None with cu_seqlens, which has the lengths already", "an array")
     return varlen_attention_qkvpacked(qkv, cu_seqlens, **options)
 
 
@@ -146,12 +127,12 @@ def cross_attention(
             **options,
         )
     if cu_seqlens[0] is None:
-        raise ValueError("cu_seqlens_q: expected an array when cu_seqlens_k is given, got None")
+        refuse("cu_seqlens_q", "an array when cu_seqlens_k is given", None)
     for name, lengths in zip(
         ("query_seq_lengths", "key_value_seq_lengths"), seq_lengths, strict=True
     ):
         if lengths is not None:
-            raise ValueError(f"{name}: expected None with cu_seqlens_q, got an array")
+            refuse(name, "None with cu_seqlens_q, which has the lengths already", "an array")
     return varlen_attention_kvpacked(query, key_value, *cu_seqlens, **options)
 
 
@@ -164,18 +145,12 @@ def blocksparse_self_attention(
     options: dict,
 ) -> jax.Array:
     """FlashBlocksparseAttention's call; `block_mask` wins over `layout(T, T)`."""
-    if qkv.ndim < 4:
-        raise ValueError(f"qkv: expected shape [*B, T, 3, N, H], got {list(qkv.shape)}")
     if block_mask is None:
         if layout is None:
-            raise ValueError(
-                "block_mask: expected an array at the call, or a layout in the constructor, "
-                "got neither"
-            )
+            refuse("block_mask", "an array at the call, or a layout in the constructor", "neither")
+        if qkv.ndim < 4:
+            refuse("qkv", "shape [*B, T, 3, N, H]", f"shape {qkv.shape}")
         block_mask = layout(qkv.shape[-4], qkv.shape[-4])
-    block_mask = jnp.asarray(block_mask, dtype=bool)
-    if block_mask.ndim == 2:
-        block_mask = block_mask[None, None]
     return attention_qkvpacked(
         qkv,
         query_seq_lengths=seq_lengths,
@@ -210,26 +185,20 @@ def flax_attention(
       options: handed to `attention`.
     """
     reasons = {
-        "module": "attention weights cannot be sown (sow_weights=True): no kernel holds them",
-        "input_positions": "rotary embedding is not part of attention_fn",
+        "module": "None: attention weights cannot be sown (sow_weights=True), no kernel holds them",
+        "input_positions": "None: rotary embedding is no part of attention_fn",
     }
-    for name, value_given in refused.items():
-        if value_given is not None:
-            reason = reasons.get(name, "the fused kernels have no such hook in their products")
-            raise ValueError(f"{name}: expected None, got {type(value_given).__name__}; {reason}")
+    for name, given in refused.items():
+        if given is not None:
+            refuse(name, reasons.get(name, "None: the kernels do their own products"), repr(given))
     check_precision(precision)
     check_rate(dropout_rate)
     dropping = dropout_rate > 0.0 and not deterministic
     if dropping and broadcast_dropout:
-        raise ValueError(
-            "broadcast_dropout: expected False, got True; the kernels draw dropout for each batch "
-            "entry and head separately and cannot share one mask among them"
-        )
+        expected = "False: the kernels draw each batch entry's and head's dropout on its own"
+        refuse("broadcast_dropout", expected, True)
     if dropping and dropout_rng is None:
-        raise ValueError(
-            f"dropout_rng: expected a JAX key when dropout_rate = {dropout_rate} and "
-            "deterministic is False, got None"
-        )
+        refuse("dropout_rng", f"a JAX key with dropout_rate={dropout_rate}", None)
     return attention(
         query,
         key,

@@ -103,7 +103,8 @@ class FlashSelfAttention(_FlashLayer, kw_only=True):
 
         Args:
           qkv: [*B, T, 3, N, H]; with `cu_seqlens`, [*B, total, 3, N, H].
-          cu_seqlens: int32 [n + 1]; sequence s owns the rows [cu_seqlens[s], cu_seqlens[s + 1]).
+          cu_seqlens: int32 [n + 1] or [*B, n + 1]; sequence s owns the rows from cu_seqlens[s] up
+            to cu_seqlens[s + 1]; rows without an owner give 0.
           seq_lengths: int32 [*B]; rows from there on are padding: output 0. Not with cu_seqlens.
           is_causal: overrides the attribute where not None.
           deterministic: see the attribute.
@@ -147,7 +148,8 @@ class FlashCrossAttention(_FlashLayer, kw_only=True):
         Args:
           query: [*B, T, N, H]; with cu_seqlens_q, [*B, total_q, N, H].
           key_value: [*B, S, 2, K, H]; with cu_seqlens_q, [*B, total_k, 2, K, H].
-          cu_seqlens_q: int32 [n + 1]; sequence s owns the query rows from [s] up to [s + 1].
+          cu_seqlens_q: int32 [n + 1] or [*B, n + 1]; sequence s owns the query rows from
+            cu_seqlens_q[s] up to cu_seqlens_q[s + 1].
           cu_seqlens_k: likewise for the keys. Default None: the same as cu_seqlens_q.
           query_seq_lengths: int32 [*B]; query rows from there on give 0. Not with cu_seqlens_q.
           key_value_seq_lengths: int32 [*B]; keys from there on are not seen. Likewise.
@@ -187,7 +189,8 @@ class FlashBlocksparseAttention(_FlashLayer, kw_only=True):
     Attributes:
       layout: (T, S) -> block mask, asked at every trace; see `block_mask` of the call for the
         shape. Default None: each call brings its mask.
-      block_size: (queries, keys) of a tile: (128, 128), (64, 64) or (16, 256). Default (128, 128).
+      block_size: (queries, keys) of a tile, multiples of 16, such as (64, 64) or (16, 256). Default
+        (128, 128).
       The rest: those of `FlashSelfAttention`.
     """
 
@@ -208,8 +211,8 @@ class FlashBlocksparseAttention(_FlashLayer, kw_only=True):
 
         Args:
           qkv: [*B, T, 3, N, H].
-          block_mask: bool [ceil(T / block_size[0]), ceil(T / block_size[1])], or with two axes
-            before these, (B | 1) and (N | 1). True: the tile exists. Wins over `layout`.
+          block_mask: bool [*B, N, ceil(T / rows), ceil(T / columns)] for block_size = (rows,
+            columns), or broadcastable to that. True: the tile exists. Wins over `layout`.
           seq_lengths, is_causal, deterministic, dropout_rng: as for `FlashSelfAttention`.
 
         Returns:
