@@ -65,9 +65,13 @@ class _FlashLayer(nnx.Module):
         self.deterministic = deterministic
         self.deterministic_backward = deterministic_backward
         self.implementation = implementation
+        self._keep_stream(rngs)
+
+    def _keep_stream(self, rngs: RandomSource | None) -> None:
         # A stream of its own, as in Flax's layers: nnx.split and nnx.jit then see no shared state.
-        keeps_rngs = rngs is not None and dropout_rate > 0.0
-        self.rngs = _dropout_stream(rngs).fork() if keeps_rngs else nnx.data(None)
+        self.rngs: nnx.RngStream | None = nnx.data(None)
+        if rngs is not None and self.dropout_rate > 0.0:
+            self.rngs = _dropout_stream(rngs).fork()
 
     def set_view(self, deterministic: bool | None = None):
         """What `nnx.view` calls.
@@ -339,7 +343,7 @@ class MultiHeadAttention(_FlashLayer):
         rngs: nnx.Rngs,
         **options,
     ):
-        super().__init__(rngs=rngs, **options)
+        super().__init__(**options)
         self.num_heads = num_heads
         self.in_features = in_features
         self.qkv_features = in_features if qkv_features is None else qkv_features
@@ -356,7 +360,8 @@ class MultiHeadAttention(_FlashLayer):
         project = functools.partial(
             nnx.LinearGeneral, kernel_init=kernel_init, bias_init=bias_init, **common
         )
-        # The order is Flax's: it decides which key initialises which parameter.
+        # The order is Flax's, to the dropout stream at the end: it decides which key initialises
+        # which parameter.
         self.query = project(self.in_features, (num_heads, self.head_dim))
         self.key = project(self.in_kv_features, (self.num_kv_heads, self.head_dim))
         self.value = project(self.in_kv_features, (self.num_kv_heads, self.head_dim))
@@ -376,6 +381,7 @@ class MultiHeadAttention(_FlashLayer):
             bias_init=out_bias_init or bias_init,
             **common,
         )
+        self._keep_stream(rngs)
 
     def __call__(
         self,
