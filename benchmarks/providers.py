@@ -1,8 +1,8 @@
 """Who computes a workload: jax_flash and its rivals, each behind the same two functions.
 
-A JAX provider is a function of (q, k, v); a torch provider as well, on tensors. `prepare` makes the
-timed calls from either, one a direction: forward; backward alone, from stored residuals; both. What a
-provider cannot do raises Unsupported with the reason, which the run prints.
+A provider is a function of (q, k, v), on JAX arrays or torch tensors. `prepare` makes from it the
+timed calls, one a direction: forward; backward alone, from stored residuals; both. What a provider
+cannot do raises Unsupported with the reason, which the run prints.
 """
 
 from __future__ import annotations
