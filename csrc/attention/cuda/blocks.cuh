@@ -90,19 +90,20 @@ class TileWalk {
  public:
   static constexpr int kEnd = -1;
 
-  // `own` is the first row (of queries or keys) of the CTA's own tile.
-  __device__ TileWalk(const TileRange& range, const BlockMask& blocks, const Sequence& s, int own)
+  // The CTA's own tile starts at s.first_row. NOTE: keeps references, so that what is rarely used
+  // can live in shared memory and cost no registers.
+  __device__ TileWalk(const TileRange& range, const BlockMask& blocks, const Sequence& s)
       : range_(range),
         blocks_(blocks),
-        own_(own),
-        own_end_(kOwn == Axis::kQuery ? min(own + kBlockM, s.query_length)
-                                      : min(own + kBlockN, s.key_length)),
-        other_length_(kOwn == Axis::kQuery ? s.key_length : s.query_length),
+        s_(s),
+        has_blocks_(blocks.data != nullptr),
         candidate_(kStep > 0 ? range.begin : range.end - 1) {}
+  TileWalk(TileRange&&, const BlockMask&, const Sequence&) = delete;
+  TileWalk(const TileRange&, BlockMask&&, const Sequence&) = delete;
 
   // The next tile; is_full says that it needs no element mask.
   __device__ int next(bool& is_full) {
-    if (blocks_.data == nullptr) {
+    if (!has_blocks_) {
       if (!in_range(candidate_)) return kEnd;
       const int tile = candidate_;
       candidate_ += kStep;
@@ -121,8 +122,6 @@ class TileWalk {
   }
 
  private:
-  static constexpr int kBlockOther = kOwn == Axis::kQuery ? kBlockN : kBlockM;
-
   __device__ bool in_range(int tile) const { return range_.begin <= tile && tile < range_.end; }
 
   __device__ void look_at_32() {
@@ -131,20 +130,19 @@ class TileWalk {
     const int tile = window_ + kStep * static_cast<int>(threadIdx.x % 32);
     bool any = false, all = false;
     if (in_range(tile)) {
-      const int other = tile * kBlockOther, other_end = min(other + kBlockOther, other_length_);
-      if constexpr (kOwn == Axis::kQuery) {
-        blocks_.classify(own_, own_end_, other, other_end, any, all);
-      } else {
-        blocks_.classify(other, other_end, own_, own_end_, any, all);
-      }
+      const int row = kOwn == Axis::kQuery ? s_.first_row : tile * kBlockM;
+      const int col = kOwn == Axis::kQuery ? tile * kBlockN : s_.first_row;
+      blocks_.classify(row, min(row + kBlockM, s_.query_length), col,
+                       min(col + kBlockN, s_.key_length), any, all);
     }
     active_ = __ballot_sync(device::kWarp, any);
     full_ = __ballot_sync(device::kWarp, all);
   }
 
-  TileRange range_;
-  BlockMask blocks_;
-  int own_, own_end_, other_length_;
+  const TileRange& range_;
+  const BlockMask& blocks_;
+  const Sequence& s_;
+  bool has_blocks_;
   int candidate_;   // next tile to look at
   int window_ = 0;  // tile of bit 0 of active_
   uint32_t active_ = 0,

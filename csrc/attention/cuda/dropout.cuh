@@ -12,6 +12,7 @@ class Dropout {
   __device__ Dropout(const DropoutParams& p, int64_t num_sequences, const BatchIndex& batch,
                      const Sequence& s, int head)
       : threshold_(p.threshold) {
+    if (p.threshold == 0) return;
     const uint32_t* state = batch.of(p.state);
     key0_ = state[0];
     key1_ = state[1];
@@ -35,6 +36,17 @@ class Dropout {
   __device__ __forceinline__ bool keeps_odd(uint32_t word) const {
     return word >= threshold_ << 16;
   }
+  // Zeroes the dropped elements of the 16x16 block of P at (row, col), packed as an mma operand A.
+  __device__ __forceinline__ void apply(uint32_t (&rP)[4], int row, int col) const {
+    const Philox4 words = bits(row, col);
+    rP[0] &= kept_halves(words.x);
+    rP[1] &= kept_halves(words.z);
+    rP[2] &= kept_halves(words.y);
+    rP[3] &= kept_halves(words.w);
+  }
+  __device__ __forceinline__ uint32_t kept_halves(uint32_t word) const {
+    return (keeps_even(word) ? 0x0000ffffu : 0u) | (keeps_odd(word) ? 0xffff0000u : 0u);
+  }
   // Of an arbitrary element, counted from the sequence's start.
   __device__ __forceinline__ bool keeps(int row, int col) const {
     return dropout_draw(philox(dropout_counter(row, col, head_, batch_), key0_, key1_), row, col) >=
@@ -42,7 +54,7 @@ class Dropout {
   }
 
  private:
-  uint32_t key0_, key1_, head_, batch_, threshold_;
+  uint32_t key0_ = 0, key1_ = 0, head_ = 0, batch_ = 0, threshold_;
 };
 
 // What the kept elements are multiplied by.
