@@ -1,4 +1,5 @@
-"""What the public attention calls share: argument checks, options -> operands, and the custom VJP."""
+"""What the public attention calls share: argument checks, options -> operands, and the custom
+VJP."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ class AttentionProbs(NamedTuple):
     dropout_mask: jax.Array | None
 
 
-# Checks ----------------------------------------------------------------------------------------------
+# Checks ------------------------------------------------------------------------------------------
 
 
 def refuse(name: str, expected: str, got: Any, error: type[Exception] = ValueError):
@@ -166,7 +167,7 @@ def dropout_operands(rate: Any, key: Any, batch: tuple[int, ...], heads: int):
 
 
 def block_operand(block_mask: Any, block_size: Any, shape: Sequence[int]):
-    """bool [*B or 1s, N or 1, ceil(T / rows), ceil(S / cols)], for scores of `shape` [*B, N, T, S]."""
+    """bool [*B or 1, N or 1, block rows, block cols], for scores of `shape` [*B, N, T, S]."""
     if block_mask is None:
         return jnp.zeros((0,), jnp.bool_), (0, 0)
     rows, cols = check_block_size(block_size)
@@ -200,10 +201,10 @@ def check_block_size(block_size: Any) -> tuple[int, int]:
     return rows, cols
 
 
-# The custom VJP --------------------------------------------------------------------------------------
+# The custom VJP ----------------------------------------------------------------------------------
 #
-# `tensors` are query, key, value as `config.packing` has them (empty arrays for what is packed away),
-# `options` the six of _ops/attention.py. Integer operands get no cotangent (None).
+# `tensors` are query, key, value as `config.packing` has them (empty arrays for what is packed
+# away), `options` the six of _ops/attention.py. Integer operands get no cotangent (None).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -271,11 +272,11 @@ def attend(config: AttentionConfig, tensors, options, return_lse: bool):
     return _attend_out(config, tensors, options)
 
 
-# Head dims -------------------------------------------------------------------------------------------
+# Head dims ---------------------------------------------------------------------------------------
 
 
 def pad_head_dim(x: jax.Array) -> jax.Array:
-    """The last axis to the next multiple of 8, with zeros, which change neither scores nor outputs."""
+    """The last axis to a multiple of 8, with zeros: they change neither scores nor outputs."""
     if (extra := -x.shape[-1] % 8) == 0:
         return x
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])

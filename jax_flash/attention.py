@@ -25,37 +25,41 @@ Implementation = Literal["cuda", "cpu", "xla"] | None
 _OPTIONS = """
       scale: factor on the scores; default H**-0.5.
       is_causal: query i sees keys j <= i + causal_offset.
-      causal_offset: where the diagonal of `is_causal` and `local_window_size` starts: an int, an int32 array
-        of the batch's shape, or "bottom_right", which aligns the last query with the last key (an offset
-        of key length - query length, per batch entry). Default 0: top-left aligned, as in `jax.nn`.
-      query_seq_lengths, key_value_seq_lengths: int32 [*B]; rows beyond them do not exist: their output is
-        0, their lse -inf, their gradients 0. Traced values are clamped to the axis.
-      local_window_size: query i sees keys i + causal_offset - left .. i + causal_offset + right; one int
-        stands for both sides.
-      dropout_rate: probability, in [0, 1), that an element of P is dropped; the nearest multiple of 1/65536
-        is used, and what is kept is divided by its probability of being kept. A Python float.
-      dropout_key: a JAX PRNG key. The mask depends on the key and the element's (batch, head, row, column)
-        alone: it is the same on every device and for every sharding.
-      block_mask: bool [*B or 1, N or 1, ceil(T / rows), ceil(S / cols)], broadcastable; tiles where it is
-        False are not computed. May be traced.
+      causal_offset: where the diagonal of `is_causal` and `local_window_size` starts: an int, an
+        int32 array of the batch's shape, or "bottom_right", which aligns the last query with the
+        last key (an offset of key length - query length, per batch entry). Default 0: top-left
+        aligned, as in `jax.nn`.
+      query_seq_lengths, key_value_seq_lengths: int32 [*B]; rows beyond them do not exist: their
+        output is 0, their lse -inf, their gradients 0. Traced values are clamped to the axis.
+      local_window_size: query i sees keys i + causal_offset - left .. i + causal_offset + right;
+        one int stands for both sides.
+      dropout_rate: probability, in [0, 1), that an element of P is dropped; the nearest multiple
+        of 1/65536 is used, and what is kept is divided by its probability of being kept. A Python
+        float.
+      dropout_key: a JAX PRNG key. The mask depends on the key and the element's (batch, head,
+        row, column) alone: it is the same on every device and for every sharding.
+      block_mask: bool [*B or 1, N or 1, ceil(T / rows), ceil(S / cols)], broadcastable; tiles
+        where it is False are not computed. May be traced.
       block_size: (rows, cols) of a block of `block_mask`: multiples of 16.
       deterministic: the gradients have the same bits in every run (the output always has).
       return_lse: also return log-sum-exp of the scores, float32 [*B, N, T]; differentiable.
       return_probs: also return `AttentionProbs`; needs O(T * S) memory, for tests.
-      implementation: None picks by platform when the program is lowered: "cuda" and "cpu" are our kernels,
-        "xla" is compiled from jnp in O(T) memory. Naming one that cannot serve the call raises.
+      implementation: None picks by platform when the program is lowered: "cuda" and "cpu" are our
+        kernels, "xla" is compiled from jnp in O(T) memory. Naming one that cannot serve the call
+        raises.
 """
 _RAISES = """
     Raises:
       TypeError: an array or option has the wrong type.
-      ValueError: a shape or value is not possible; the text names the argument, the expectation, the fact.
+      ValueError: a shape or value is not possible; the text names the argument, the expectation,
+        the fact.
       NotImplementedError: the `implementation` asked for cannot serve the call; the text says why.
 """
 
 
 def _documented(function):
-    function.__doc__ = function.__doc__.replace("{options}", _OPTIONS.strip("\n")).replace(
-        "{raises}", _RAISES.strip("\n")
+    function.__doc__ = function.__doc__.replace("{options}", _OPTIONS.strip()).replace(
+        "{raises}", _RAISES.strip()
     )
     return function
 
@@ -170,7 +174,7 @@ def _score_operand(name: str, x: Any, shape: tuple[int, ...]):
     if name == "bias" and not jnp.issubdtype(x.dtype, jnp.floating):
         shared.refuse(name, "a floating-point array", x.dtype, TypeError)
     fits = x.ndim <= len(shape) and all(
-        size in (1, full) for size, full in zip(x.shape[::-1], shape[::-1])
+        size in (1, full) for size, full in zip(x.shape[::-1], shape[::-1], strict=False)
     )
     if not fits:
         shared.refuse(name, f"a shape broadcastable to {shape}", f"shape {x.shape}")
@@ -236,24 +240,28 @@ def attention(
 ):
     """Scaled dot-product attention: a drop-in for `jax.nn.dot_product_attention`, fused and exact.
 
-        Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim. K must divide N; query
-        head n reads kv head n // (N / K) (grouped-query attention; K = 1 is multi-query). Kernels take head
-        dims that are multiples of 8, up to 256; others are padded with zeros. Rows without a visible key
-        give output 0, lse -inf and zero gradients (`jax.nn` gives them the mean of the values).
+    Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim. K must divide N;
+      query
+    head n reads kv head n // (N / K) (grouped-query attention; K = 1 is multi-query). Kernels
+    take head dims that are multiples of 8, up to 256; others are padded with zeros. Rows without
+    a visible key give output 0, lse -inf and zero gradients (`jax.nn` gives them the mean of the
+    values).
 
-        Args:
-          query: [*B, T, N, H], any number of leading batch axes; bfloat16, float16, float32 (exact f32
-            arithmetic), or float64 (XLA).
-          key: [*B, S, K, H].
-          value: [*B, S, K, Hv].
-          bias: added to the scores; broadcastable to [*B, N, T, S]. Runs on XLA as yet (O(T) memory beside it).
-          mask: bool, True takes part; broadcastable to [*B, N, T, S]. Runs on XLA as yet.
-    {options}
-          return_residual: as in `jax.nn`: also return the lse as [*B, T, N]; float32 and differentiable here.
+    Args:
+      query: [*B, T, N, H], any number of leading batch axes; bfloat16, float16, float32 (exact f32
+        arithmetic), or float64 (XLA).
+      key: [*B, S, K, H].
+      value: [*B, S, K, Hv].
+      bias: added to the scores; broadcastable to [*B, N, T, S]. Runs on XLA as yet (O(T) memory
+        beside it).
+      mask: bool, True takes part; broadcastable to [*B, N, T, S]. Runs on XLA as yet.
+      {options}
+      return_residual: as in `jax.nn`: also return the lse as [*B, T, N]; float32 and
+        differentiable here.
 
-        Returns:
-          out [*B, T, N, Hv] in query's dtype; with any return_* a tuple (out, lse, residual, probs) of what was
-          asked for, in this order.
+    Returns:
+      out [*B, T, N, Hv] in query's dtype; with any return_* a tuple (out, lse, residual, probs)
+      of what was asked for, in this order.
 
     {raises}
     """
@@ -305,12 +313,12 @@ def attention_qkvpacked(
 ):
     """`attention` on one array that holds query, key and value: read in place, one packed gradient.
 
-        Args:
-          qkv: [*B, T, 3, N, H]; what a projection to 3 * N * H features gives, reshaped.
-    {options}
+    Args:
+      qkv: [*B, T, 3, N, H]; what a projection to 3 * N * H features gives, reshaped.
+      {options}
 
-        Returns:
-          As `attention`: out [*B, T, N, H], then what was asked for.
+    Returns:
+      As `attention`: out [*B, T, N, H], then what was asked for.
 
     {raises}
     """
@@ -359,13 +367,13 @@ def attention_kvpacked(
 ):
     """`attention` with key and value in one array: read in place, one packed gradient.
 
-        Args:
-          query: [*B, T, N, H].
-          key_value: [*B, S, 2, K, H].
-    {options}
+    Args:
+      query: [*B, T, N, H].
+      key_value: [*B, S, 2, K, H].
+      {options}
 
-        Returns:
-          As `attention`: out [*B, T, N, H], then what was asked for.
+    Returns:
+      As `attention`: out [*B, T, N, H], then what was asked for.
 
     {raises}
     """
@@ -405,18 +413,22 @@ def blocksparse_attention(
     block_size: tuple[int, int] = (128, 128),
     **options,
 ):
-    """Attention where a block mask decides which tiles exist; its time falls with the mask's density.
+    """Attention where a block mask decides which tiles exist; its time falls with the mask's
+    density.
 
-        Block-sparse FlashAttention (arXiv:2205.14135, section 3.3). Rows whose blocks are all off give 0.
+    Block-sparse FlashAttention (arXiv:2205.14135, section 3.3). Rows whose blocks are all off
+    give 0.
 
-        Args:
-          query, key, value: as in `attention`.
-          block_mask: bool [*B or 1, N or 1, ceil(T / rows), ceil(S / cols)], broadcastable; static or traced.
-          block_size: (rows, cols): (128, 128), (64, 64), the original (16, 256), or other multiples of 16.
-          **options: every option of `attention`; they combine.
+    Args:
+      query, key, value: as in `attention`.
+      block_mask: bool [*B or 1, N or 1, ceil(T / rows), ceil(S / cols)], broadcastable; static or
+        traced.
+      block_size: (rows, cols): (128, 128), (64, 64), the original (16, 256), or other multiples
+        of 16.
+      **options: every option of `attention`; they combine.
 
-        Returns:
-          As `attention`.
+    Returns:
+      As `attention`.
 
     {raises}
     """

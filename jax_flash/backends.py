@@ -10,7 +10,7 @@ from jax_flash._ops import _register
 def show_backends() -> None:
     """Prints, a line an implementation, whether it can run here and why not.
 
-    "cuda" needs the compiled module `_cuda` and a GPU of compute capability 8.0 or more, "cpu" the module
+    "cuda" needs the module `_cuda` and a GPU of compute capability 8.0 or more, "cpu" the module
     `_cpu`; "xla" runs everywhere.
     """
     try:

@@ -1,8 +1,9 @@
 """Exact attention over sequences of different lengths, concatenated without padding.
 
-Sequence s owns rows cu_seqlens[s] .. cu_seqlens[s + 1] of the arrays and attends within itself alone. Rows
-that no sequence owns give output 0, lse -inf and zero gradients, so that arrays may have spare capacity.
-cu_seqlens are data: wrong ones are clamped to the arrays and made monotonic, and never read anything else.
+Sequence s owns rows cu_seqlens[s] .. cu_seqlens[s + 1] of the arrays and attends within itself
+alone. Rows that no sequence owns give output 0, lse -inf and zero gradients, so that arrays may
+have spare capacity. cu_seqlens are data: wrong ones are clamped to the arrays and made monotonic,
+  and never read anything else.
 """
 
 from __future__ import annotations
@@ -114,19 +115,21 @@ def varlen_attention(
     return_lse: bool = False,
     implementation: Implementation = None,
 ):
-    """Attention within each of several concatenated sequences (the "unpadded" FlashAttention calls).
+    """Attention within each of several concatenated sequences (the "unpadded" FlashAttention
+    calls).
 
-        Args:
-          query: [*B, total_q, N, H], usually without batch axes.
-          key: [*B, total_k, K, H]; value: [*B, total_k, K, Hv].
-          cu_seqlens_q: int32 [sequences + 1] or [*B, sequences + 1]: where each sequence starts, and the end.
-          cu_seqlens_k: the same for keys; None: self-attention, those of the queries.
-          scale, is_causal, causal_offset, local_window_size, dropout_rate, dropout_key, deterministic,
-            implementation: as in `attention`, positions counted within each sequence.
-          return_lse: also return the log-sum-exp, float32 [*B, N, total_q].
+    Args:
+      query: [*B, total_q, N, H], usually without batch axes.
+      key: [*B, total_k, K, H]; value: [*B, total_k, K, Hv].
+      cu_seqlens_q: int32 [sequences + 1] or [*B, sequences + 1]: where each sequence starts, and
+        the end.
+      cu_seqlens_k: the same for keys; None: self-attention, those of the queries.
+      scale, is_causal, causal_offset, local_window_size, dropout_rate, dropout_key, deterministic,
+        implementation: as in `attention`, positions counted within each sequence.
+      return_lse: also return the log-sum-exp, float32 [*B, N, total_q].
 
-        Returns:
-          out [*B, total_q, N, Hv], or (out, lse).
+    Returns:
+      out [*B, total_q, N, Hv], or (out, lse).
 
     {raises}
     """
@@ -172,14 +175,14 @@ def varlen_attention_qkvpacked(
 ):
     """`varlen_attention` on one array that holds query, key and value.
 
-        Args:
-          qkv: [*B, total, 3, N, H].
-          cu_seqlens: int32 [sequences + 1] or [*B, sequences + 1].
-          scale, ..., implementation: as in `varlen_attention`. Short and long sequences may be mixed freely:
-            they are scheduled together.
+    Args:
+      qkv: [*B, total, 3, N, H].
+      cu_seqlens: int32 [sequences + 1] or [*B, sequences + 1].
+      scale, ..., implementation: as in `varlen_attention`. Short and long sequences may be mixed
+        freely: they are scheduled together.
 
-        Returns:
-          out [*B, total, N, H], or (out, lse).
+    Returns:
+      out [*B, total, N, H], or (out, lse).
 
     {raises}
     """
@@ -227,13 +230,13 @@ def varlen_attention_kvpacked(
 ):
     """`varlen_attention` with key and value in one array.
 
-        Args:
-          query: [*B, total_q, N, H].
-          key_value: [*B, total_k, 2, K, H].
-          cu_seqlens_q, cu_seqlens_k, scale, ..., implementation: as in `varlen_attention`.
+    Args:
+      query: [*B, total_q, N, H].
+      key_value: [*B, total_k, 2, K, H].
+      cu_seqlens_q, cu_seqlens_k, scale, ..., implementation: as in `varlen_attention`.
 
-        Returns:
-          out [*B, total_q, N, H], or (out, lse).
+    Returns:
+      out [*B, total_q, N, H], or (out, lse).
 
     {raises}
     """

@@ -2,13 +2,15 @@
 
 This is the only file that knows JAX's internals. An `Op` is
 
-    bind                 -> abstract evaluation (shapes, explicit shardings, varying axes), vmap rule
-    lowering             -> custom_partitioning with a Shardy sharding rule, where there are several devices
-    implementation       -> one function a platform: an XLA custom call, or plain jnp
+    bind                 -> abstract evaluation (shapes, explicit shardings, varying axes), vmap
+    rule lowering             -> custom_partitioning with a Shardy sharding rule, where there are
+    several devices implementation       -> one function a platform: an XLA custom call, or plain
+    jnp
 
-Operands and results are described by axis names, e.g. ("*", "T", "N", "H"): "*" stands for the leading
-batch axes that all operands have in common, where each one has the full size or 1 (shared: what `vmap`
-makes of an operand that is not mapped). An operand of shape (0,) is an option that is off.
+Operands and results are described by axis names, e.g. ("*", "T", "N", "H"): "*" stands for the
+leading batch axes that all operands have in common, where each one has the full size or 1
+(shared: what `vmap` makes of an operand that is not mapped). An operand of shape (0,) is an
+option that is off.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ class Signature:
     """Axis names of one call's operands and results.
 
     Attributes:
-      operands, results: names of each array's axes, first BATCH where it has the batch axes; () for an
-        operand that is off.
-      shardable: names (besides the batch axes) along which devices may share the call, with the number of
-        equal parts it falls into: {"N": kv_heads}.
+      operands, results: names of each array's axes, first BATCH where it has the batch axes; ()
+        for an operand that is off.
+      shardable: names (besides the batch axes) along which devices may share the call, with the
+        number of equal parts it falls into: {"N": kv_heads}.
       aliases: names that are cut wherever another is: {"K": "N"}.
     """
 
@@ -90,7 +92,9 @@ class Op:
         self.primitive = self._make(name)
         self._local = self._make(f"{name}_local")
         _register_lowering(self.primitive, self._partitioned)
-        dispatch.prim_requires_devices_during_lowering.add(self.primitive)  # custom_partitioning's need
+        dispatch.prim_requires_devices_during_lowering.add(
+            self.primitive
+        )  # custom_partitioning's need
         batching.primitive_batchers[self.primitive] = self._batch
         for platform in PLATFORMS:
             _register_lowering(self._local, functools.partial(self._run, platform), platform)
@@ -124,7 +128,7 @@ class Op:
         ]
 
     def _batch(self, operands, axes, *, config):
-        """vmap: the mapped axis becomes one more batch axis, of size 1 where an operand is not mapped."""
+        """vmap: one more batch axis, of size 1 where an operand is not mapped."""
         unbatched = [_without_axis(x, axis) for x, axis in zip(operands, axes, strict=True)]
         names = self._signature(config, *unbatched).operands
         moved = []
@@ -138,10 +142,10 @@ class Op:
         results = self(config, *moved)
         return results, [None if is_off(r) else 0 for r in results]
 
-    # Sharding --------------------------------------------------------------------------------------
+    # Sharding ------------------------------------------------------------------------------------
 
     def _named_axes(self, config, avals):
-        """Every axis of every array by name: "b0", "b1", ... for batch axes, None where it is shared."""
+        """Every axis of every array by name: "b0", "b1", ... for batch axes, None if shared."""
         signature = self._signature(config, *avals)
         results = self._results(config, *avals)
         arrays = (*avals, *results)
@@ -227,7 +231,7 @@ class Op:
             for i, r in enumerate(results)
         ]
 
-    # Implementations -------------------------------------------------------------------------------
+    # Implementations -----------------------------------------------------------------------------
 
     def _run(self, platform, *operands, config):
         native, asked = self._native.get(platform), config.implementation
@@ -235,7 +239,8 @@ class Op:
             return self._xla.run(config, *operands)
         if native is None or asked not in (None, native.name):
             raise NotImplementedError(
-                f"jax_flash.{self.name}: implementation={asked!r} does not run on platform {platform!r}"
+                f"jax_flash.{self.name}: implementation={asked!r} does not run on platform "
+                f"{platform!r}"
             )
         reason = native.refuse(config, *operands)
         if reason is None:
@@ -243,8 +248,8 @@ class Op:
         if asked is not None:
             raise NotImplementedError(f"jax_flash.{self.name}: implementation={asked!r}: {reason}")
         warn_once(
-            f"jax_flash.{self.name}: no {native.name} kernel for this call: {reason}. XLA's compiled "
-            "reference runs instead."
+            f"jax_flash.{self.name}: no {native.name} kernel for this call: {reason}. "
+            "XLA's compiled reference runs instead."
         )
         return self._xla.run(config, *operands)
 
@@ -265,8 +270,8 @@ def _without_axis(x, axis) -> jax.ShapeDtypeStruct:
 def _shardy_rule(signature, operand_axes, result_axes, sizes):
     """The sharding rule in Shardy's notation (einsum-like, one factor an axis).
 
-    An axis that must stay whole gets a factor of its own that asks for replication. Where G query heads
-    share a kv head, N = (K G) and only K may be cut: a query head never leaves its kv head.
+    An axis that must stay whole gets a factor of its own that asks for replication. Where G query
+    heads share a kv head, N = (K G) and only K may be cut: a query head never leaves its kv head.
     """
     whole: list[str] = []
     factor_sizes: dict[str, int] = {}
@@ -301,5 +306,5 @@ def warn_once(text: str) -> None:
 
 
 def ffi_call(target: str, results: Sequence[jax.ShapeDtypeStruct], *operands, **attributes):
-    """One custom call. Attributes are booleans or numpy scalars; memory it needs comes as results."""
+    """One custom call; attributes are booleans or numpy scalars, scratch memory is a result."""
     return jax.ffi.ffi_call(target, tuple(results))(*operands, **attributes)

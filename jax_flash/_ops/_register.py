@@ -23,7 +23,7 @@ def missing(platform: str) -> str | None:
 
 
 def targets() -> list[str]:
-    """Names of the custom calls that the installed modules provide, for `jax.export`'s allow list."""
+    """Names of the custom calls that the installed modules provide."""
     names: set[str] = set()
     for platform in _XLA_PLATFORM:
         if missing(platform) is None:

@@ -5,8 +5,8 @@
 
     options = query_lengths, key_lengths, causal_offset, dropout_state, head_ids, block_mask
 
-csrc/attention/check.h reads the same lists. Packed operands come as one array, in `query` (qkv) or `key` (kv), and
-their gradients go out as one array in `dq` or `dk`.
+csrc/attention/check.h reads the same lists. Packed operands come as one array, in `query` (qkv)
+or `key` (kv), and their gradients go out as one array in `dq` or `dk`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class AttentionConfig:
 
     Attributes:
       scale: factor on the scores.
-      window_left, window_right: how far a query sees to either side of its diagonal; -1: without limit.
+      window_left, window_right: how far a query sees to either side of its diagonal; -1: without
+        limit.
       bottom_right: the diagonal ends in the last query and key, not begins in the first.
       varlen: lengths are cu_seqlens, rows of all sequences are concatenated.
       dropout_threshold: 16-bit draws below it drop; 0: no dropout.
@@ -80,7 +81,7 @@ class AttentionConfig:
         }
 
 
-# Axis names ------------------------------------------------------------------------------------------
+# Axis names --------------------------------------------------------------------------------------
 
 
 def _tensor_axes(packing: int) -> tuple[tuple[str, ...], ...]:
@@ -113,7 +114,9 @@ def _signature(extra, results):
     def of(config, *operands) -> Signature:
         query, key = operands[:2]
         packed = _tensor_axes(config.packing)
-        middle = tuple(() if is_off(x) else axes for x, axes in zip(operands[3:], extra))
+        middle = tuple(
+            () if is_off(x) else axes for x, axes in zip(operands[3:], extra, strict=False)
+        )
         return Signature(
             operands=packed + middle + _option_axes(operands[-len(OPTIONS) :]),
             results=packed if results is None else results,
@@ -132,7 +135,7 @@ _backward_signature = _signature(
 )
 
 
-# Shapes ----------------------------------------------------------------------------------------------
+# Shapes ------------------------------------------------------------------------------------------
 
 
 def _batch_shape(signature: Signature, operands) -> tuple[int, ...]:
@@ -167,7 +170,7 @@ def _backward_results(config, *operands):
     )
 
 
-# Custom calls ----------------------------------------------------------------------------------------
+# Custom calls ------------------------------------------------------------------------------------
 
 
 def _canonical(signature: Signature, operands):
@@ -177,8 +180,12 @@ def _canonical(signature: Signature, operands):
     kernels have axes for (nested vmaps over ever different operands) are broadcast in memory.
     """
     batched = [axes[:1] == (BATCH,) for axes in signature.operands]
-    tails = [x.shape[x.ndim - len(a) + 1 :] for x, a in zip(operands, signature.operands)]
-    leads = [x.shape[: x.ndim - len(a) + 1] for x, a in zip(operands, signature.operands)]
+    tails = [
+        x.shape[x.ndim - len(a) + 1 :] for x, a in zip(operands, signature.operands, strict=False)
+    ]
+    leads = [
+        x.shape[: x.ndim - len(a) + 1] for x, a in zip(operands, signature.operands, strict=False)
+    ]
     full = _batch_shape(signature, operands)
 
     def groups_of(leads):
@@ -187,7 +194,7 @@ def _canonical(signature: Signature, operands):
         for axis, size in enumerate(full):
             if size == 1:
                 continue
-            pattern = tuple(b and lead[axis] == 1 for b, lead in zip(batched, leads))
+            pattern = tuple(b and lead[axis] == 1 for b, lead in zip(batched, leads, strict=False))
             if patterns and patterns[-1] == pattern:
                 groups[-1].append(axis)
             else:
@@ -199,9 +206,9 @@ def _canonical(signature: Signature, operands):
     if len(groups) > _BATCH_DIMS:
         operands = [
             jnp.broadcast_to(x, (*full, *tail)) if b else x
-            for x, b, tail in zip(operands, batched, tails)
+            for x, b, tail in zip(operands, batched, tails, strict=False)
         ]
-        leads = [full if b else lead for b, lead in zip(batched, leads)]
+        leads = [full if b else lead for b, lead in zip(batched, leads, strict=False)]
         groups = groups_of(leads)
     padding = (1,) * (_BATCH_DIMS - len(groups))
 
@@ -210,7 +217,7 @@ def _canonical(signature: Signature, operands):
 
     canonical = [
         x.reshape(*shape(lead), *tail) if b else x
-        for x, b, lead, tail in zip(operands, batched, leads, tails)
+        for x, b, lead, tail in zip(operands, batched, leads, tails, strict=False)
     ]
     return canonical, full
 

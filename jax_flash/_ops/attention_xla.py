@@ -1,9 +1,10 @@
-"""Attention in plain jnp, chunked over query rows: exact, any platform, any float type, O(T + S) memory.
+"""Attention in plain jnp, chunked over query rows: any platform, any float type, O(T + S) memory.
 
     S = scale * Q K^T where allowed, else -inf;  P = exp(S - lse);  O = dropout(P) V
 
-The forward and the recomputing backward take the operands of `_ops/attention.py`; `chunked` is the form that also
-knows bias and mask, and that JAX differentiates itself. All leading batch axes broadcast.
+The forward and the recomputing backward take the operands of `_ops/attention.py`; `chunked` is
+the form that also knows bias and mask, and that JAX differentiates itself. All leading batch axes
+broadcast.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ _CHUNK_BYTES = 32 << 20  # aim for one chunk of scores
 class Positions(NamedTuple):
     """Where each row of an array stands: [*batch, rows] int32."""
 
-    sequence: (
-        jax.Array | None
-    )  # -1 (queries), -2 (keys): nobody's row. None: all rows are of one sequence
+    # -1 (queries), -2 (keys): nobody's row. None: all rows are of one sequence.
+    sequence: jax.Array | None
     index: jax.Array  # position within its sequence
     length: jax.Array  # length of its sequence
 
@@ -105,9 +105,9 @@ def _allowed(config, p: Plan, start, size, seq_k):
         return b if a is None else a & b
 
     if p.query.sequence is not None or p.key.sequence is not None:
-        one = lambda s: jnp.int32(0) if s is None else s
-        row_seq = one(_rows(p.query.sequence, start, size))
-        col_seq = one(p.key.sequence)
+        row_seq = _rows(p.query.sequence, start, size)
+        row_seq = jnp.int32(0) if row_seq is None else row_seq
+        col_seq = jnp.int32(0) if p.key.sequence is None else p.key.sequence
         row_seq = row_seq[..., :, None] if row_seq.ndim else row_seq
         col_seq = col_seq[..., None, :] if col_seq.ndim else col_seq
         everything = both(everything, (row_seq == col_seq) & (row >= 0) & (col >= 0))
@@ -137,11 +137,10 @@ def dropout_keep(config, p: Plan, start, size, seq_k):
         k0, k1, batch, head = (jnp.broadcast_to(x, shape) for x in (k0, k1, batch, head))
         bits = dropout.draws_block((k0, k1), batch, head, jnp.uint32(start), size, seq_k)
     else:
-        unsigned = lambda x: x.astype(jnp.uint32)
-        sequence = unsigned(_rows(p.query.sequence, start, size))  # [*batch, size]
+        sequence = _rows(p.query.sequence, start, size).astype(jnp.uint32)  # [*batch, size]
         batch = (batch * p.sequences + sequence)[..., None, :, None]
-        row = unsigned(_rows(p.query.index, start, size))[..., None, :, None]
-        col = unsigned(p.key.index)[..., None, None, :]
+        row = _rows(p.query.index, start, size).astype(jnp.uint32)[..., None, :, None]
+        col = p.key.index.astype(jnp.uint32)[..., None, None, :]
         key = (k0[..., None, None], k1[..., None, None])
         bits = dropout.draws(key, batch, head[:, None, None], row, col)
     return bits >= config.dropout_threshold
@@ -183,7 +182,7 @@ def _size(shape):
 
 
 def probabilities(config, p, start, query, key, bias=None, mask=None):
-    """One chunk: (P [*batch, N, rows, S], lse) for `query` [*batch, rows, N, H], whose first row is `start`."""
+    """One chunk: (P [*batch, N, rows, S], lse); row 0 of `query` is row `start` of the call."""
     size, seq_k = query.shape[-3], key.shape[-3]
     s = _scores(config, query, key, query.shape[-2] // key.shape[-2])
     if bias is not None:
@@ -350,7 +349,9 @@ def backward(config, query, key, value, out, lse, dout, dlse, *options):
         dq = _einsum("...kgts,...skh->...tkgh", ds, k)
         return (dk, dv), dq.reshape(*dq.shape[:-3], -1, dq.shape[-1]).astype(q.dtype)
 
-    zeros = lambda x: jnp.zeros((*lead, *x.shape[-3:]), wide)
+    def zeros(x):
+        return jnp.zeros((*lead, *x.shape[-3:]), wide)
+
     starts = jnp.arange(count, dtype=jnp.int32) * rows
     chunks = (
         starts,

@@ -1,8 +1,8 @@
 """Counter-based dropout in XLA: the bits of csrc/common/philox.h, element by element.
 
-Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11). Each element
-of an attention matrix owns one 16-bit draw, addressed by its global (batch, head, row, column), so that the
-mask depends on no tile size, layout, device or shard.
+Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11).
+Each element of an attention matrix owns one 16-bit draw, addressed by its global (batch, head,
+row, column), so that the mask depends on no tile size, layout, device or shard.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def keep_scale(threshold: int) -> float:
 
 
 def key_words(key: jax.Array) -> jax.Array:
-    """Two uint32 words of a JAX key: its own data for Threefry, two fresh draws for other generators."""
+    """Two uint32 words of a JAX key: its own for Threefry, two draws for other generators."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     data = jax.random.key_data(key)
@@ -46,7 +46,7 @@ def _multiply(a: np.uint32, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def philox(counter, key):
-    """Four words for each counter (x, y, z, w) under `key` = (k0, k1); all uint32 and broadcastable."""
+    """Four words for each counter (x, y, z, w) under `key` = (k0, k1); uint32, broadcastable."""
     x, y, z, w = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -58,7 +58,7 @@ def philox(counter, key):
 
 
 def draws(key, batch, head, row, col) -> jax.Array:
-    """The 16-bit draw of each element (batch, head, row, col); arguments uint32 and broadcastable."""
+    """The 16-bit draw of each element (batch, head, row, col); uint32, broadcastable."""
     x, y, z, w = philox(
         ((col // 16) * 4 + (col % 8) // 2, (row // 16) * 8 + row % 8, head, batch), key
     )
@@ -68,7 +68,8 @@ def draws(key, batch, head, row, col) -> jax.Array:
 
 
 def draws_block(key, batch, head, row0, rows: int, cols: int) -> jax.Array:
-    """`draws` for the block of rows row0 .. row0 + rows and columns 0 .. cols, an eighth of the work.
+    """`draws` for the block of rows row0 .. row0 + rows and columns 0 .. cols, an eighth of the
+    work.
 
     Args:
       key: two uint32 arrays [...]; batch: uint32 [...]; head: uint32 [...]: the same leading axes.
@@ -81,8 +82,8 @@ def draws_block(key, batch, head, row0, rows: int, cols: int) -> jax.Array:
     y = (row0 // 16 + jnp.arange(row_blocks, dtype=jnp.uint32)) * 8
     y = (y[:, None] + jnp.arange(8, dtype=jnp.uint32))[:, :, None]  # [R, 8, 1]
     x = jnp.arange(col_blocks * 4, dtype=jnp.uint32)  # [C * 4]
-    expand = lambda a: a[..., None, None, None]
-    words = philox((x, y, expand(head), expand(batch)), tuple(map(expand, key)))
+    head, batch, *key = (a[..., None, None, None] for a in (head, batch, *key))
+    words = philox((x, y, head, batch), key)
     words = jnp.stack(jnp.broadcast_arrays(*words), -1)  # [..., R, 8, C * 4, 4]
     halves = jnp.stack([words & 0xFFFF, words >> 16], -1)
     lead = halves.shape[:-5]
