@@ -85,8 +85,9 @@ bench: $(READY)
 gpu-test: $(READY)
 	$(PY) -m tests.run_gpu $(ARGS)
 
-readme:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.readme
+readme: $(READY)
+	$(PY) -m benchmarks.readme
+	$(PY) -m benchmarks.plot
 
 wheel: $(VENV)/.tools
 	$(PY) -m pip wheel --no-deps --no-build-isolation -w dist $(PIP_CMAKE) .
