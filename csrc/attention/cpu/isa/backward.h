@@ -112,11 +112,9 @@ inline void score_gradients(int64_t keys, int64_t lanes, float scale_log2,
         dp1 = keep1 ? dp1 * keep_scale : Float{};
       }
       const Float ds0 = p0 * (dp0 - delta), ds1 = p1 * (dp1 - delta);
-      store_row_words(scratch.p_rows + at / kPack, kept0);
-      store_row_words(scratch.p_rows + (at + lanes) / kPack, kept1);
-      store_row_words(scratch.ds_rows + at / kPack, ds0);
-      store_row_words(scratch.ds_rows + (at + lanes) / kPack, ds1);
-      if (kPack == 2) store_words(scratch.ds_pairs + j / kPack * lanes + i, lanes, ds0, ds1);
+      store_words(kept0, kept1, lanes, nullptr, scratch.p_rows + at / kPack);
+      store_words(ds0, ds1, lanes, scratch.ds_pairs + j / kPack * lanes + i,
+                  scratch.ds_rows + at / kPack);
     }
   }
 }

@@ -84,7 +84,7 @@ void online_softmax(float* s, int64_t stride, int64_t keys, float scale_log2, fl
         even = kept_even(draw, threshold) ? even : Float{};
         odd = kept_odd(draw, threshold) ? odd : Float{};
       }
-      store_words(words + j / kPack * stride + v * kLanes, stride, even, odd);
+      store_words(even, odd, stride, words + j / kPack * stride + v * kLanes, nullptr);
     }
   }
   for (int v = 0; v < kVecs; ++v) store(l + v * kLanes, total[v]);
