@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_flash._ops import _register, attention_xla, dropout
 from jax_flash._ops import attention as ops
-from jax_flash._ops._op import warn_once
+from jax_flash._ops._op import vary_together, warn_once
 from jax_flash._ops.attention import AttentionConfig, attention_backward, attention_forward
 
 IMPLEMENTATIONS = (None, "cuda", "cpu", "xla")
@@ -282,7 +282,8 @@ _gradients.defvjp(_gradients_forward, _gradients_backward)
 
 def attend(config: AttentionConfig, tensors, options, return_lse: bool):
     """out, or (out, lse); differentiable in `tensors`, any number of times."""
-    tensors, options = tuple(tensors), tuple(options)
+    operands = vary_together(*tensors, *options)
+    tensors, options = operands[: len(tensors)], operands[len(tensors) :]
     if return_lse:
         return tuple(_attend(config, tensors, options))
     return _attend_out(config, tensors, options)

@@ -68,6 +68,14 @@ class Implementation:
     refuse: Callable[..., str | None] = lambda *_: None
 
 
+def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Under shard_map: all arrays vary over every mesh axis that one of them varies over.
+
+    The cotangents of those that did not are then summed over the devices, by JAX.
+    """
+    return tuple(core.auto_insert_reshard(*arrays))
+
+
 def is_off(array) -> bool:
     return array.shape == (0,)
 
@@ -101,7 +109,7 @@ class Op:
         _register_lowering(self._local, functools.partial(self._run, "other"))
 
     def __call__(self, config, *operands) -> tuple[jax.Array, ...]:
-        return tuple(self.primitive.bind(*core.auto_insert_reshard(*operands), config=config))
+        return tuple(self.primitive.bind(*vary_together(*operands), config=config))
 
     def _make(self, name: str) -> extend_core.Primitive:
         primitive = extend_core.Primitive(name)
@@ -194,7 +202,7 @@ class Op:
             full = [
                 next(given) if i in on else jnp.zeros(a.shape, a.dtype) for i, a in enumerate(avals)
             ]
-            out = self._local.bind(*core.auto_insert_reshard(*full), config=config)
+            out = self._local.bind(*vary_together(*full), config=config)
             return tuple(out[i] for i in on_results)
 
         def specs(mesh, arg_shapes):
@@ -273,7 +281,7 @@ def _shardy_rule(signature, operand_axes, result_axes, sizes):
     An axis that must stay whole gets a factor of its own that asks for replication. Where G query
     heads share a kv head, N = (K G) and only K may be cut: a query head never leaves its kv head.
     """
-    whole: list[str] = []
+    whole: list[str] = []  # in order of appearance, as Shardy wants them
     factor_sizes: dict[str, int] = {}
 
     def factor(name):
@@ -289,7 +297,11 @@ def _shardy_rule(signature, operand_axes, result_axes, sizes):
         parts = signature.shardable.get(name)
         if parts is None or sizes[name] == parts:
             return factor(name)
+        if parts == 1:  # a factor of size 1 may not stand beside another one
+            return factor("")
         group = f"{name.lower()}group"
+        if group not in factor_sizes:
+            whole.append(group)
         factor_sizes[group] = sizes[name] // parts
         return f"({name.lower()} {group})"
 
@@ -297,7 +309,7 @@ def _shardy_rule(signature, operand_axes, result_axes, sizes):
         return ", ".join(" ".join(factors(name) for name in axes) for axes in arrays)
 
     rule = f"{side(operand_axes)} -> {side(result_axes)}"
-    return rule, {"need_replication_factors": (*whole, *factor_sizes), **factor_sizes}
+    return rule, {"need_replication_factors": tuple(whole), **factor_sizes}
 
 
 @functools.cache
