@@ -69,24 +69,32 @@ def grid(rows: Rows) -> None:
 
 
 def ratios(rows: Rows) -> None:
-    """Bars: how many times faster than each rival, workload by workload."""
-    keys = [key for key in rows.ms if len(rows.ms[key]) > 1]
-    rivals = [provider for provider in rows.providers("") if provider != "jax_flash"]
-    figure, axis = pyplot.subplots(figsize=(7, 1 + 0.16 * len(keys) * max(1, len(rivals))))
-    for index, key in enumerate(keys):
+    """Bars, a panel a direction: how many times faster than each rival, outside the grid."""
+    keys = [key for key, row in rows.ms.items() if len(row) > 1 and not key[0].startswith("grid/")]
+    if not keys:
+        return
+    names = list(dict.fromkeys(name for name, _ in keys))
+    directions = list(dict.fromkeys(direction for _, direction in keys))
+    rivals = [p for p in COLORS if p != "jax_flash" and any(p in rows.ms[key] for key in keys)]
+    height = 1.5 + 0.09 * len(names) * (len(rivals) + 1)
+    figure, axes = pyplot.subplots(
+        1, len(directions), figsize=(2 + 4 * len(directions), height), sharey=True, squeeze=False
+    )
+    width = 1 / (len(rivals) + 1)
+    for axis, direction in zip(axes[0], directions, strict=True):
         for offset, rival in enumerate(rivals):
-            ratio = rows.ratio(*key, rival)
-            if ratio:
-                place = index + (offset - (len(rivals) - 1) / 2) * 0.8 / len(rivals)
-                axis.barh(place, ratio, 0.8 / len(rivals), color=COLORS[rival])
-    for rival in rivals:
-        axis.barh(0, 0, color=COLORS[rival], label=f"over {LABELS[rival]}")
-    axis.set_yticks(range(len(keys)), [f"{name} {way}" for name, way in keys], fontsize=6)
-    axis.invert_yaxis()
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xlabel("times faster (time of the rival / time of jax_flash)")
-    axis.legend(frameon=False, fontsize=7)
-    axis.set_title(f"{rows.device}, {rows.dates[-1]}", fontsize=10)
+            values = [rows.ratio(name, direction, rival) or 0 for name in names]
+            places = [
+                index + (offset - (len(rivals) - 1) / 2) * width for index in range(len(names))
+            ]
+            axis.barh(places, values, width, color=COLORS[rival], label=LABELS[rival])
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(direction.replace("_", " + "), fontsize=9)
+        axis.set_xlabel("times faster than", fontsize=8)
+    axes[0, 0].set_yticks(range(len(names)), names, fontsize=7)
+    axes[0, 0].invert_yaxis()
+    axes[0, -1].legend(frameon=False, fontsize=7)
+    figure.suptitle(f"{rows.device}, {rows.dates[-1]}", fontsize=10)
     figure.tight_layout()
     figure.savefig(rows.path.with_name("ratios.png"), dpi=110)
     pyplot.close(figure)

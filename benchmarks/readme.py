@@ -18,7 +18,11 @@ from benchmarks.workloads import WORKLOADS
 
 README = evidence.ROOT / "README.md"
 _BLOCK = re.compile(r"(<!-- measured: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-DIRECTIONS = {"forward": "forward", "backward": "backward", "forward_backward": "both"}
+DIRECTIONS = {
+    "forward": "forward",
+    "backward": "backward",
+    "forward_backward": "forward + backward",
+}
 
 
 def _table(header: list[str], lines: list[list[str]]) -> str:
@@ -71,22 +75,24 @@ def grid(rows: Rows) -> str:
 
 
 def options(rows: Rows, groups: tuple[str, ...]) -> str:
-    """Milliseconds of single workloads: ours and each rival's."""
+    """Milliseconds of single workloads, the measured directions side by side: ours and rivals'."""
     keys = [key for key in rows.ms if key[0].split("/")[0] in groups]
-    order = {name: index for index, name in enumerate(WORKLOADS)}
-    keys.sort(key=lambda key: (order.get(key[0], len(order)), list(DIRECTIONS).index(key[1])))
-    found = {provider for key in keys for provider in rows.ms[key]}
-    names = [provider for provider in LABELS if provider in found]
     if not keys:
         return ""
+    measured = {name for name, _ in keys}
+    directions = [way for way in DIRECTIONS if any(way == key[1] for key in keys)]
+    found = {provider for key in keys for provider in rows.ms[key]}
+    names = [provider for provider in LABELS if provider in found]
     lines = []
-    for name, direction in keys:
-        cells = rows.ms[name, direction]
-        lines.append(
-            [f"`{name}`", DIRECTIONS[direction]]
-            + [f"{cells[provider]:.3g}" if provider in cells else "" for provider in names]
-        )
-    return _table(["ms", "", *(LABELS[provider] for provider in names)], lines) + "\n"
+    for name in [name for name in WORKLOADS if name in measured]:
+        cells = []
+        for provider in names:
+            times = [rows.ms.get((name, way), {}).get(provider) for way in directions]
+            texts = [f"{time:.3g}" if time else "-" for time in times]
+            cells.append(" / ".join(texts) if any(times) else "")
+        lines.append([f"`{name}`", *cells])
+    header = "ms " + " / ".join(DIRECTIONS[way] for way in directions)
+    return _table([header, *(LABELS[provider] for provider in names)], lines) + "\n"
 
 
 def attention_gpu() -> str:

@@ -76,6 +76,11 @@ def run_sanitizer(tool: str, arguments: list[str]) -> dict:
     return dict(tool=tool, selection=" ".join(selection[1:]), **result)
 
 
+def is_clean(result: dict) -> bool:
+    """Tests ran, none failed, and the tool reached its end and found nothing."""
+    return result["passed"] > 0 and result["exit_code"] == 0 and result["errors"] == 0
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -86,6 +91,7 @@ def main(argv=None) -> int:
     parts = args.parts.split(",")
     if unknown := set(parts) - {"tests", "memcheck", "racecheck"}:
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the tests need the memory
     import jax
 
     if jax.default_backend() != "gpu":
@@ -122,7 +128,7 @@ def main(argv=None) -> int:
         result = run_sanitizer(tool, rest)
         report["sanitizers"] = [run for run in report["sanitizers"] if run["tool"] != tool]
         report["sanitizers"].append(result)
-        good &= result["exit_code"] == 0 and result["errors"] == 0
+        good &= is_clean(result)
         save()
     print(json.dumps(report, indent=2))
     return 0 if good else 1

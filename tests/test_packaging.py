@@ -88,3 +88,14 @@ def test_importing_starts_no_backend():
 def test_jax_version_is_supported():
     version = tuple(int(part) for part in jax.__version__.split(".")[:2])
     assert (0, 10) <= version < (0, 13)
+
+
+def test_readme_example_runs(capsys):
+    """The example prints a finite loss, the gradient's shape, and the backends."""
+    text = (evidence.ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    first, *backends = capsys.readouterr().out.splitlines()
+    loss, shape = first.split(" ", 1)
+    assert 0 < float(loss) < 1 and shape == "(2, 1000, 8, 64)"
+    assert {"cuda", "cpu", "xla"} <= {line.split()[0] for line in backends if line.strip()}
