@@ -131,7 +131,10 @@ def lengths_operand(name: str, lengths: Any, batch: tuple[int, ...], limit: int,
 
 
 def concrete(x: Any) -> np.ndarray | None:
-    """The values, where Python can know them. Ask before jnp touches `x`: under jit that gives a tracer."""
+    """The values, where Python can know them.
+
+    Ask before jnp touches `x`: under jit that makes a tracer of it.
+    """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x)):
         return None
     return np.asarray(x)

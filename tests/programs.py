@@ -1,5 +1,5 @@
-"""What the tests of transformations, sharding, lowering and export share: the implementations to run, a
-plain attention to differentiate any number of times, and eyes for jaxprs and compiled programs."""
+"""What the tests of transformations, sharding, lowering and export share: the implementations to
+run, a plain attention to differentiate any number of times, and eyes for jaxprs and programs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def installed(platform: str) -> pytest.MarkDecorator:
     ]
 )
 def implementation(request):
-    """"xla" and "cpu" run on the CPU, also where there is a GPU."""
+    """ "xla" and "cpu" run on the CPU, also where there is a GPU."""
     device = jax.devices("gpu" if request.param == "cuda" else "cpu")[0]
     with jax.default_device(device):
         yield request.param
@@ -70,7 +70,7 @@ def causal(seq_q: int, seq_k: int, offset: int = 0) -> jax.Array:
 
 
 def assert_close(got, want, tolerance=1e-5):
-    """Same tree, shapes and dtypes; the largest error at most `tolerance` of the largest magnitude."""
+    """Same tree, shapes, dtypes; the largest error at most `tolerance` of the largest magnitude."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, a.dtype, b.shape, b.dtype)
@@ -127,7 +127,9 @@ def largest_array(compiled_text: str) -> tuple[int, str]:
     return max((int(np.prod([int(n) for n in s.split(",")])), s) for s in shapes)
 
 
-_COLLECTIVES = r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+_COLLECTIVES = (
+    r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
 
 
 def collectives(compiled_text: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Attention shared by eight host devices: the numbers of one device, and no traffic where none is due."""
+"""Attention shared by eight host devices: numbers of one device, no traffic where none is due."""
 
 import functools
 
@@ -157,7 +157,7 @@ def test_replicated_keys_join_sharded_queries_without_traffic(implementation):
 
 
 def test_the_dropout_mask_is_that_of_one_device(implementation):
-    """Probabilities as output, by values that are the identity: dropped elements are exact zeros."""
+    """Values that are the identity give the probabilities: what is dropped is an exact zero."""
     batch, heads, size = 4, 4, 16
     query, key, _ = (x[:, :1].repeat(size, 1) for x in qkv(batch, heads, heads))
     value = jnp.broadcast_to(jnp.eye(size)[:, None], (batch, size, heads, size))
@@ -255,7 +255,7 @@ def test_block_masks(implementation):
 
 @pytest.mark.parametrize("by", ["batch", "heads"])
 def test_vmap_of_sharded_operands(implementation, by):
-    """The mapped axis may be the one that is cut, and with what is not mapped whole or cut by heads."""
+    """The mapped axis may be the one that is cut; what is not mapped is whole or cut by heads."""
     mesh = mesh_of(2, 4)
     query, key, value = normal(0, 2, T, 8, H), normal(1, S, 4, H), normal(2, S, 4, HV)
     attend = functools.partial(jax_flash.attention, return_lse=True, implementation=implementation)
@@ -273,7 +273,7 @@ def test_vmap_of_sharded_operands(implementation, by):
     assert_close(results, jax.jit(f)(query, key, value), 2e-6)
 
 
-# Explicit axes ----------------------------------------------------------------------------------------
+# Explicit axes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", FREE)
@@ -293,7 +293,10 @@ def test_explicit_axes(implementation, case):
         results, traffic = run(f, *arrays, KEY)
     assert traffic == {}
     assert_close(results, on_one_device(implementation, *shape), 2e-6)
-    padded = lambda spec, rank: P(*spec, *[None] * (rank - len(spec)))
+
+    def padded(spec, rank):
+        return P(*spec, *[None] * (rank - len(spec)))
+
     want = (
         (padded(q_spec, 4), padded(lse_spec, 3)),
         (padded(q_spec, 4), padded(kv_spec, 4), padded(kv_spec, 4)),
@@ -324,7 +327,7 @@ def test_explicit_axes_under_vmap(implementation):
     assert_close(jax.device_get(out), jax.device_get(f(query, key, value)), 2e-6)
 
 
-# Manual axes ------------------------------------------------------------------------------------------
+# Manual axes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -360,7 +363,7 @@ def test_shard_map(implementation, by, check_vma):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_with_operands_that_do_not_vary(implementation, check_vma):
-    """Every device has its own query and all the keys: the keys' gradient is the sum over devices."""
+    """Every device has its own query and all the keys, whose gradient is the sum over devices."""
     mesh = mesh_of(4)
     query, key, value = normal(0, 4, T, 4, H), normal(1, S, 2, H), normal(2, S, 2, HV)
     lengths = jnp.int32(7)
@@ -383,7 +386,9 @@ def test_shard_map_with_operands_that_do_not_vary(implementation, check_vma):
         allowed = jnp.arange(S) < lengths
         return jax.vmap(lambda q: plain(q, k, v, allowed=allowed)[0])(q)
 
-    gradient = lambda f: jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x, lengths))), (0, 1, 2))
+    def gradient(f):
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x, lengths))), (0, 1, 2))
+
     got = jax.jit(gradient(mapped))(query, key, value)
     assert_close(got, gradient(by_formula)(query, key, value))
 
@@ -393,18 +398,20 @@ def test_shard_map_gradient_inside_the_body(implementation):
     query, key, value = normal(0, 4, T, 4, H), normal(1, S, 2, H), normal(2, S, 2, HV)
 
     def body(q, k, v):
-        loss = lambda k: jnp.sum(
-            jnp.sin(
-                jax_flash.attention(
-                    q[0],
-                    k,
-                    v,
-                    dropout_rate=RATE,
-                    dropout_key=jax.random.key(0),
-                    implementation=implementation,
+        def loss(k):
+            return jnp.sum(
+                jnp.sin(
+                    jax_flash.attention(
+                        q[0],
+                        k,
+                        v,
+                        dropout_rate=RATE,
+                        dropout_key=jax.random.key(0),
+                        implementation=implementation,
+                    )
                 )
             )
-        )
+
         return jax.grad(loss)(jax.lax.pcast(k, "a", to="varying"))[None]
 
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(P("a"), P(), P()), out_specs=P("a"))
@@ -440,10 +447,16 @@ def test_shard_map_over_one_of_two_axes(implementation):
         in_specs=(P("a"),) * 3,
         out_specs=P("a"),
     )
-    loss = lambda f, *x: jnp.sum(jnp.sin(f(*x)))
+
+    def loss(f, *x):
+        return jnp.sum(jnp.sin(f(*x)))
+
     gradient = jax.value_and_grad(functools.partial(loss, mapped), (0, 1, 2))
     got = jax.jit(gradient)(*put(mesh, qkv(*shape), (spec,) * 3))
-    formula = lambda *x: plain(*x, allowed=programs.causal(T, S))[0]
+
+    def formula(*x):
+        return plain(*x, allowed=programs.causal(T, S))[0]
+
     want = jax.value_and_grad(functools.partial(loss, formula), (0, 1, 2))(*qkv(*shape))
     assert_close(got, want, 2e-5)
 
@@ -453,10 +466,14 @@ def test_pmap(implementation):
     query, key, value = (x.reshape(4, 2, *x.shape[1:]) for x in qkv(8, 4, 2))
     attend = functools.partial(jax_flash.attention, is_causal=True, implementation=implementation)
     allowed = programs.causal(T, S)
-    formula = lambda *x: plain(*x, allowed=allowed)[0]
+
+    def formula(*x):
+        return plain(*x, allowed=allowed)[0]
 
     def step(f, q, k, v):
-        loss, gradients = jax.value_and_grad(lambda *x: jnp.mean(jnp.sin(f(*x))), (0, 1, 2))(q, k, v)
+        loss, gradients = jax.value_and_grad(lambda *x: jnp.mean(jnp.sin(f(*x))), (0, 1, 2))(
+            q, k, v
+        )
         return jax.lax.pmean(loss, "d"), gradients
 
     got = jax.pmap(functools.partial(step, attend), "d", devices=devices)(query, key, value)

@@ -1,6 +1,7 @@
-"""JAX's transformations, one by one, against plain attention or against the same call untransformed."""
+"""JAX's transformations, one by one, against plain attention or the same call untransformed."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def weighted(out, lse):
     return jnp.sum(wo * out) + jnp.sum(wl * lse)
 
 
-# Derivatives ------------------------------------------------------------------------------------------
+# Derivatives --------------------------------------------------------------------------------------
 
 
 def _loss_pair(implementation, rate):
@@ -45,9 +46,7 @@ def _loss_pair(implementation, rate):
         options |= dict(dropout_rate=rate, dropout_key=key)
     keep = None
     if rate:
-        *_, probs = jax_flash.attention(
-            *qkv(), **options, return_probs=True, implementation="xla"
-        )
+        *_, probs = jax_flash.attention(*qkv(), **options, return_probs=True, implementation="xla")
         keep = probs.dropout_mask
         assert 0.6 < keep.mean() < 0.9
 
@@ -64,7 +63,10 @@ def _loss_pair(implementation, rate):
 
 def test_value_and_grad(implementation):
     ours, by_formula = _loss_pair(implementation, 0.0)
-    transform = lambda f: jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*qkv())
+
+    def transform(f):
+        return jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*qkv())
+
     assert_close(transform(ours), transform(by_formula), 5e-5)  # a sum of 2720 terms
 
 
@@ -109,9 +111,7 @@ def test_third_derivative():
 
 
 def test_vjp_and_linearize(implementation):
-    attend = functools.partial(
-        jax_flash.attention, return_lse=True, implementation=implementation
-    )
+    attend = functools.partial(jax_flash.attention, return_lse=True, implementation=implementation)
     want, pullback = jax.vjp(plain, *qkv())
     cotangents = tuple(normal(20 + i, *x.shape) for i, x in enumerate(want))
     got, ours = jax.vjp(attend, *qkv())
@@ -133,7 +133,9 @@ def test_forward_mode_is_refused(implementation):
 def test_gradient_of_residual_and_lse_agree(implementation):
     attend = functools.partial(jax_flash.attention, implementation=implementation)
     by_lse = jax.grad(lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v, return_lse=True)[1])))
-    by_residual = jax.grad(lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v, return_residual=True)[1])))
+    by_residual = jax.grad(
+        lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v, return_residual=True)[1]))
+    )
     got, want = by_lse(*qkv()), by_residual(*qkv())
     assert float(jnp.abs(want).max()) > 0.01
     assert_close(got, want, 1e-6)
@@ -143,7 +145,9 @@ def test_integer_operands_have_no_gradient(implementation):
     """Lengths, offsets and masks may be arguments of a differentiated function."""
 
     def loss(x, options):
-        return jnp.sum(jax_flash.attention(*x, is_causal=True, **options, implementation=implementation))
+        return jnp.sum(
+            jax_flash.attention(*x, is_causal=True, **options, implementation=implementation)
+        )
 
     options = dict(
         key_value_seq_lengths=jnp.array([30, 9]),
@@ -158,7 +162,7 @@ def test_integer_operands_have_no_gradient(implementation):
     assert not np.any(gradients[0][0][1, 3:])
 
 
-# vmap -------------------------------------------------------------------------------------------------
+# vmap ---------------------------------------------------------------------------------------------
 
 LENGTHS_Q, LENGTHS_K, OFFSET, KEY, BLOCKS = range(3, 8)
 
@@ -221,9 +225,7 @@ def _everything_jitted(implementation):
 
 def _by_loop(implementation, operands, mapped):
     one = _everything_jitted(implementation)
-    results = [
-        one(*(x[i] if j in mapped else x for j, x in enumerate(operands))) for i in range(3)
-    ]
+    results = [one(*(x[i] if j in mapped else x for j, x in enumerate(operands))) for i in range(3)]
     return jax.tree.map(lambda *x: jnp.stack(x), *results)
 
 
@@ -256,7 +258,7 @@ def test_vmap_axes(implementation, axis):
 
 
 def test_vmap_with_a_shared_dropout_key_repeats_the_mask(implementation):
-    """Each entry of a vmap is the call on that entry alone: the same mask for all with the same key."""
+    """Each entry of a vmap is the call on that entry alone: one key gives all the same mask."""
     query, key, value = qkv()
 
     def attend(query, dropout_key):
@@ -306,8 +308,8 @@ def test_vmap_does_not_repeat_what_is_not_mapped(implementation):
     operands[0] = _three(0)
     f = jax.vmap(_everything(implementation), (0, *[None] * 7))
     jaxpr = jax.make_jaxpr(f)(*operands)
-    forward, = equations(jaxpr, "attention_forward")
-    backward, = equations(jaxpr, "attention_backward")
+    (forward,) = equations(jaxpr, "attention_forward")
+    (backward,) = equations(jaxpr, "attention_backward")
     shapes = [v.aval.shape for v in forward.invars]
     assert shapes == [
         (3, B, T, N, H),
@@ -339,7 +341,8 @@ def test_vmap_hands_shared_operands_to_the_kernels(platform):
         assert f"1x3x{B}x{T}x{N}x{H}xf32" in types
         assert f"1x1x{B}x{S}x{K}x{H}xf32" in types and f"1x1x{B}x{S}x{K}x{HV}xf32" in types
         assert f"1x1x{B}x{N}x2x3xui8" in types
-    assert f"tensor<3x{B}x{S}x{K}x{HV}xf32>" not in text.split("attention_backward")[0]
+    repeated = [line for line in text.splitlines() if "broadcast_in_dim" in line]
+    assert not any(re.search(rf"-> tensor<3x{B}x({S}x{K}|{N}x2)x", line) for line in repeated)
 
 
 def test_grad_of_vmap_sums_over_what_is_shared(implementation):
@@ -352,7 +355,10 @@ def test_grad_of_vmap_sums_over_what_is_shared(implementation):
 
     ours = functools.partial(loss, jax.vmap(attend, (0, None, None)))
     by_formula = functools.partial(loss, jax.vmap(plain, (0, None, None)))
-    gradients = lambda f: jax.jit(jax.grad(f, (0, 1, 2)))(queries, key, value)
+
+    def gradients(f):
+        return jax.jit(jax.grad(f, (0, 1, 2)))(queries, key, value)
+
     assert_close(gradients(ours), gradients(by_formula))
 
 
@@ -393,7 +399,7 @@ def test_vmap_of_packed_and_varlen_calls(implementation):
     assert_close(jax.jit(jax.vmap(f, (2, None)))(many, cu[0]), want)
 
 
-# Control flow, rematerialisation ----------------------------------------------------------------------
+# Control flow, rematerialisation ------------------------------------------------------------------
 
 
 def _layer(implementation, x):
@@ -402,7 +408,10 @@ def _layer(implementation, x):
 
 def test_checkpoint_with_named_residuals_does_not_recompute(implementation):
     x = normal(0, B, T, N, H)
-    loss = lambda x: jnp.sum(jnp.sin(_layer(implementation, x)))
+
+    def loss(x):
+        return jnp.sum(jnp.sin(_layer(implementation, x)))
+
     named = checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
     want = jax.grad(loss)(x)
     for policy, forwards in ((named, 1), (None, 2), (checkpoint_policies.everything_saveable, 1)):
@@ -417,7 +426,10 @@ def test_checkpoint_with_named_residuals_does_not_recompute(implementation):
 def test_checkpoint_with_half_of_the_residuals_recomputes(implementation):
     """The names really are two: saving one alone is not enough."""
     x = normal(0, B, T, N, H)
-    loss = lambda x: jnp.sum(jnp.sin(_layer(implementation, x)))
+
+    def loss(x):
+        return jnp.sum(jnp.sin(_layer(implementation, x)))
+
     policy = checkpoint_policies.save_only_these_names("attention_out")
     jaxpr = jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(x)
     assert calls(jaxpr)["attention_forward"] == 2
@@ -438,7 +450,10 @@ def test_scan_over_layers(implementation):
         return weighted(x, jnp.stack(sums))
 
     ours = functools.partial(_layer, implementation)
-    gradient = lambda f, layer: jax.jit(jax.value_and_grad(lambda *a: f(*a, layer), (0, 1)))(x, scales)
+
+    def gradient(f, layer):
+        return jax.jit(jax.value_and_grad(lambda *a: f(*a, layer), (0, 1)))(x, scales)
+
     want = gradient(by_loop, lambda x: x + plain(x, x, x, allowed=programs.causal(T, T))[0])
     assert_close(gradient(by_scan, ours), want, 5e-5)
 
@@ -450,7 +465,9 @@ def test_vmap_of_scan_with_a_mapped_carry(implementation):
     def f(x):
         return jax.lax.scan(lambda x, _: (_layer(implementation, x), None), x, None, length=2)[0]
 
-    loss = lambda f: lambda x: jnp.sum(jnp.sin(f(x)))
+    def loss(f):
+        return lambda x: jnp.sum(jnp.sin(f(x)))
+
     got = jax.jit(jax.vmap(jax.grad(loss(f))))(x)
     want = jnp.stack([jax.grad(loss(f))(entry) for entry in x])
     assert_close(got, want)
@@ -468,12 +485,15 @@ def test_map_cond_and_while(implementation):
             flag, lambda: attend(q, key, value), lambda: attend(q, key, value, is_causal=True)
         )
 
-    loss = lambda q, flag: jnp.sum(jnp.sin(either(flag, q)))
+    def loss(q, flag):
+        return jnp.sum(jnp.sin(either(flag, q)))
+
     allowed = programs.causal(T, S)
     for flag in (True, False):
-        formula = lambda q, flag=flag: jnp.sum(
-            jnp.sin(plain(q, key, value, allowed=None if flag else allowed)[0])
-        )
+
+        def formula(q, flag=flag):
+            return jnp.sum(jnp.sin(plain(q, key, value, allowed=None if flag else allowed)[0]))
+
         assert_close(jax.jit(jax.grad(loss))(queries[0], flag), jax.grad(formula)(queries[0]))
     flags = jnp.array([True, False, True])
     got = jax.vmap(either, (0, 0))(flags, queries)  # cond becomes select
@@ -555,7 +575,7 @@ def test_static_options_do_not_recompile(implementation):
     assert np.abs(first - second).max() > 1e-2 and np.abs(first - third).max() > 1e-2
 
 
-# Packed forms -----------------------------------------------------------------------------------------
+# Packed forms -------------------------------------------------------------------------------------
 
 
 def test_packed_gradient_is_one_array_equal_to_the_separate_calls(implementation):
@@ -581,19 +601,23 @@ def test_packed_gradient_is_one_array_equal_to_the_separate_calls(implementation
     want = jax.jit(jax.value_and_grad(separate))(qkv)
     assert_close(jax.jit(jax.value_and_grad(packed))(qkv), want, 2e-6)
     assert_close(jax.jit(jax.value_and_grad(kv_packed))(qkv), want, 2e-6)
-    backward, = equations(jax.make_jaxpr(jax.grad(packed))(qkv), "attention_backward")
+    (backward,) = equations(jax.make_jaxpr(jax.grad(packed))(qkv), "attention_backward")
     assert [v.aval.shape for v in backward.outvars] == [qkv.shape, (0,), (0,)]
-    backward, = equations(jax.make_jaxpr(jax.grad(kv_packed))(qkv), "attention_backward")
+    (backward,) = equations(jax.make_jaxpr(jax.grad(kv_packed))(qkv), "attention_backward")
     assert [v.aval.shape for v in backward.outvars] == [(B, T, N, H), (B, T, 2, N, H), (0,)]
 
 
 def test_packed_hessian_vector_product(implementation):
     qkv, direction = normal(70, B, T, 3, N, H), normal(71, B, T, 3, N, H)
     attend = functools.partial(jax_flash.attention_qkvpacked, implementation=implementation)
-    by_formula = lambda x: plain(*jnp.moveaxis(x, 2, 0))[0]
+
+    def by_formula(x):
+        return plain(*jnp.moveaxis(x, 2, 0))[0]
 
     def product(f):
-        slope = lambda x: jnp.vdot(jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(x), direction)
+        def slope(x):
+            return jnp.vdot(jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(x), direction)
+
         return jax.jit(jax.grad(slope))(qkv)
 
     assert_close(product(attend), product(by_formula), 5e-5)
@@ -613,7 +637,9 @@ def test_varlen_hessian_vector_product(implementation):
         return jnp.concatenate([first, plain(q[6:], k[9:], v[9:])[0]])
 
     def product(f):
-        slope = lambda *x: jnp.vdot(jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))))(*x), d)
+        def slope(*x):
+            return jnp.vdot(jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))))(*x), d)
+
         return jax.jit(jax.grad(slope, (0, 1, 2)))(*x)
 
     assert_close(product(ours), product(by_formula), 5e-5)

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax._src import core, dispatch
+from jax._src.sharding_impls import unflatten_array
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core as extend_core
 from jax.interpreters import batching, mlir
@@ -212,7 +213,7 @@ class Op:
         def specs(mesh, arg_shapes):
             given: list[Any] = [None] * len(avals)
             for i, a in zip(on, arg_shapes, strict=True):
-                given[i] = getattr(a.sharding, "spec", None)
+                given[i] = _spec_of(a.sharding, len(a.shape), mesh)
             operand_specs, result_specs = self._specs(config, avals, given, mesh)
             return (
                 tuple(NamedSharding(mesh, operand_specs[i]) for i in on),
@@ -235,6 +236,7 @@ class Op:
             partition=partition,
             infer_sharding_from_operands=infer_sharding_from_operands,
             sharding_rule=rule,
+            decode_shardings=False,
             **factors,
         )
         returned = iter(call(*(operands[i] for i in on)))
@@ -277,6 +279,29 @@ def _without_axis(x, axis) -> jax.ShapeDtypeStruct:
     if axis is not None:
         del shape[axis]
     return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+
+def _spec_of(sharding, rank: int, mesh) -> PartitionSpec:
+    """The mesh axes along which XLA has cut an array, of those that it cuts whole.
+
+    Where a mesh axis has more devices than there are kv heads, Shardy proposes to cut them by a
+    part of it, which no PartitionSpec can say. Such an axis of the array, and what follows it,
+    counts as not cut.
+    """
+    tiles = getattr(sharding, "_hlo_sharding", None)
+    if tiles is None or mesh.empty or not tiles.is_tiled():
+        return PartitionSpec()
+    order = iter(unflatten_array(mesh.shape, tiles.tile_assignment_devices()))
+    spec: list[tuple[str, ...]] = []
+    for parts in tiles.tile_assignment_dimensions()[:rank]:
+        names: list[str] = []
+        while parts > 1:
+            names.append(next(order))
+            if parts % mesh.shape[names[-1]] != 0:
+                return PartitionSpec(*spec)
+            parts //= mesh.shape[names[-1]]
+        spec.append(tuple(names))
+    return PartitionSpec(*spec)
 
 
 def _shardy_rule(signature, operand_axes, result_axes, sizes):
