@@ -17,14 +17,14 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import gpt
 import jax
 import jax.numpy as jnp
 import train_gpt
 
+SCRIPT = train_gpt.__file__
 SHAPE = "--layers 1 --width 16 --heads 2 --context 16 --batch 4 --dtype float32".split()
 RUN = [*SHAPE, *"--learning-rate 0.02 --eval-every 4 --checkpoint-every 5 --seed 3".split()]
 RUN += ["--dropout", "0.1", "--attention-dropout", "0.1", "--sample-bytes", "20", "--prompt", "ab "]
@@ -165,16 +165,15 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(finished, text, tmp_pat
 
 def test_help_and_missing_packages():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    script = str(EXAMPLES / "train_gpt.py")
     result = subprocess.run(
-        [sys.executable, script, "--help"], capture_output=True, text=True, env=environment
+        [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0
     for option in ("--text", "--resume", "--compare", "--attention", "--seed"):
         assert option in result.stdout
     code = "import runpy, sys; sys.modules['optax'] = None; sys.argv = ['train_gpt.py']; "
     result = subprocess.run(
-        [sys.executable, "-c", code + f"runpy.run_path({script!r})"],
+        [sys.executable, "-c", code + f"runpy.run_path({SCRIPT!r})"],
         capture_output=True,
         text=True,
         env=environment,
