@@ -43,7 +43,7 @@ import jax_flash
 
 # What a run is unless told otherwise, by platform. On two CPU cores: under four minutes.
 DEFAULTS = {
-    "cpu": dict(layers=4, width=128, heads=4, context=256, batch=8, steps=800, dtype="float32")
+    "cpu": dict(layers=4, width=128, heads=4, context=256, batch=8, steps=1200, dtype="float32")
     | dict(learning_rate=3e-3, dropout=0.0),
     "gpu": dict(layers=8, width=512, heads=8, context=1024, batch=32, steps=1000, dtype="bfloat16")
     | dict(learning_rate=1e-3, dropout=0.2),
