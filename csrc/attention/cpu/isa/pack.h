@@ -11,6 +11,9 @@ namespace jax_flash::attention::cpu::JAX_FLASH_ISA {
 JAX_FLASH_INLINE int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
+// The stride of an array of words that is walked down its rows: an odd number of 64-byte lines, so
+// that rows spread over all sets of the L1 cache.
+JAX_FLASH_INLINE int64_t odd_lines(int64_t words) { return round_up(words, 16) | 16; }
 JAX_FLASH_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 JAX_FLASH_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
