@@ -72,12 +72,12 @@ class OnlineSoftmax {
   }
   // 1 / l, or 0 for a row that saw no key.
   __device__ float normalizer(int m, int half) const {
-    return sum_[m][half] == 0.0f ? 0.0f : 1.0f / sum_[m][half];
+    return sum_[m][half] == 0.0f ? 0.0f : __fdividef(1.0f, sum_[m][half]);
   }
   // log sum exp (natural), or -inf for a row that saw no key.
   __device__ float lse(int m, int half) const {
     constexpr float kLn2 = 0.693147180559945309f;
-    return sum_[m][half] == 0.0f ? -INFINITY : (max_log2_[m][half] + log2f(sum_[m][half])) * kLn2;
+    return sum_[m][half] == 0.0f ? -INFINITY : (max_log2_[m][half] + __log2f(sum_[m][half])) * kLn2;
   }
 
  private:

@@ -43,6 +43,19 @@ struct ForwardTraits {
   static constexpr int kFragmentsN = kBlockN / 8;
   static constexpr int kFragmentsD = kHeadDim / 8;
 
+  using Walk = TileWalk<kBlockM, kBlockN, Axis::kQuery, -1>;
+
+  // What this CTA works on: here and not in registers, because the main loop rarely looks at it.
+  struct Job {
+    Sequence s;
+    TileRange range;
+    BlockMask blocks;
+    Dropout dropout;
+    const Element *q, *k, *v;  // row 0 of the sequence, this head
+    Element* o;
+    float* lse;
+    typename Walk::Window window[kWarps];
+  };
   using QueryTile = device::SharedTile<kBlockM, kHeadDim>;
   using KeyTile = device::SharedTile<kBlockN, kHeadDim>;  // values too
   struct Stage {
@@ -51,9 +64,7 @@ struct ForwardTraits {
   struct Smem {
     QueryTile query;  // at the end: O on its way out
     Stage stage[kStages];
-    Sequence sequence;  // here and not in registers: needed by few tiles
-    BlockMask blocks;
-    TileRange range;
+    Job job;
   };
   static_assert(sizeof(Smem) <= 99 * 1024);
 };
@@ -69,46 +80,54 @@ __device__ void fold_scale_sign(typename Traits::Smem& smem, float scale) {
 }
 
 template <typename Traits>
+__device__ void find_job(const ForwardParams& p, const Schedule& schedule,
+                         typename Traits::Job& job) {
+  using Element = typename Traits::Element;
+  const Work work(schedule, static_cast<int>(p.heads), blockIdx.x);
+  const BatchIndex batch(p, work.batch);
+  const Sequence s = find_sequence(p, batch, Axis::kQuery, Traits::kBlockM, work.slot);
+  const int kv_head = work.head / static_cast<int>(p.heads / p.kv_heads);
+  if (threadIdx.x == 0) {
+    job = {.s = s,
+           .range = key_tiles<Traits::kBlockM, Traits::kBlockN>(s, s.first_row),
+           .blocks = BlockMask(p.mask, batch, work.head),
+           .dropout = Dropout(p.dropout, p.num_sequences, batch, s, work.head),
+           .q = element_pointer<Element>(p.q, batch, s.query_start, work.head),
+           .k = element_pointer<Element>(p.k, batch, s.key_start, kv_head),
+           .v = element_pointer<Element>(p.v, batch, s.key_start, kv_head),
+           .o = element_pointer<Element>(p.o, batch, s.query_start, work.head),
+           .lse = row_pointer(p.lse, batch, s.query_start, work.head)};
+  }
+}
+
+template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     forward_kernel(const __grid_constant__ ForwardParams p,
                    const __grid_constant__ Schedule schedule) {
   using Element = typename Traits::Element;
   using QueryTile = typename Traits::QueryTile;
   using KeyTile = typename Traits::KeyTile;
-  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  constexpr int kBlockN = Traits::kBlockN;
   constexpr int kFragmentsM = Traits::kFragmentsM, kFragmentsD = Traits::kFragmentsD;
-  using Walk = TileWalk<kBlockM, kBlockN, Axis::kQuery, -1>;
-
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
 
-  // Find this CTA's rows.
-  const Work work(schedule, p.heads, blockIdx.x);
-  const BatchIndex batch(p, work.batch);
-  {
-    const Sequence found = find_sequence(p, batch, Axis::kQuery, kBlockM, work.slot);
-    if (found.slot_is_empty(Axis::kQuery)) return;
-    if (threadIdx.x == 0) {
-      smem.sequence = found;
-      smem.blocks = BlockMask(p.mask, batch, work.head);
-      smem.range = key_tiles<kBlockM, kBlockN>(found, found.first_row);
-    }
-    __syncthreads();  // publishes them
-  }
-  const Sequence& s = smem.sequence;
-  const int kv_head = work.head / static_cast<int>(p.heads / p.kv_heads);
+  // Find this CTA's rows: warp 0 for all.
+  auto& job = smem.job;
+  if (threadIdx.x < 32) find_job<Traits>(p, schedule, job);
+  __syncthreads();  // publishes the job
+  const Sequence& s = job.s;
+  if (s.slot_is_empty(Axis::kQuery)) return;
+  const typename Traits::Walk walk(job.range, job.blocks, s, job.window[threadIdx.x / 32]);
+
   const int lane = threadIdx.x % 32;
   const int warp_row = threadIdx.x / 32 * Traits::kWarpM;
-  Walk walk(smem.range, smem.blocks, s);
-  const device::TileLoader<KeyTile, Traits::kThreads> load_key(
-      element_pointer<Element>(p.k, batch, s.key_start, kv_head), p.k.row_stride, s.key_length,
-      p.head_dim);
-  const device::TileLoader<KeyTile, Traits::kThreads> load_value(
-      element_pointer<Element>(p.v, batch, s.key_start, kv_head), p.v.row_stride, s.key_length,
-      p.value_dim);
-
-  [[maybe_unused]] const Dropout dropout(p.dropout, p.num_sequences, batch, s, work.head);
-
+  const auto load_key_value = [&](auto& stage, int row) {
+    using Loader = device::TileLoader<KeyTile, Traits::kThreads>;
+    Loader(job.k, p.k.row_stride, s.key_length, p.head_dim)(stage.key, row);
+    Loader(job.v, p.v.row_stride, s.key_length, p.value_dim)(stage.value, row);
+    ptx::cp_async_commit();
+  };
   float scale_log2 = p.scale * 1.44269504088896341f;
   float rO[kFragmentsM][kFragmentsD][4] = {};
 
@@ -126,17 +145,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   };
 
   // Start the copies of Q and of the first K and V.
-  bool is_full = false;
-  int tile = walk.next(is_full);
-  if (tile != Walk::kEnd) {
-    const device::TileLoader<QueryTile, Traits::kThreads> load_query(
-        element_pointer<Element>(p.q, batch, s.query_start, work.head), p.q.row_stride,
-        s.query_length, p.head_dim);
+  TileStep step = walk.first();
+  if (!step.is_end()) {
+    const device::TileLoader<QueryTile, Traits::kThreads> load_query(job.q, p.q.row_stride,
+                                                                     s.query_length, p.head_dim);
     load_query(smem.query, s.first_row);
     ptx::cp_async_commit();
-    load_key(smem.stage[0].key, tile * kBlockN);
-    load_value(smem.stage[0].value, tile * kBlockN);
-    ptx::cp_async_commit();
+    load_key_value(smem.stage[0], step.tile() * kBlockN);
     ptx::cp_async_wait<1>();
     __syncthreads();  // Q, copied by all threads, is visible
     if (!(p.scale > 0.0f)) {
@@ -151,18 +166,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   }
   OnlineSoftmax<kFragmentsM> softmax(scale_log2);
 
-  for (int stage = 0; tile != Walk::kEnd; stage ^= 1) {
-    bool next_is_full = false;
-    const int next_tile = walk.next(next_is_full);
+  for (int stage = 0; !step.is_end(); stage ^= 1) {
+    const TileStep next_step = walk.next(step);
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage's K and V are visible, and nobody reads the other stage any more
 
     // Start the copies of the next K and V.
-    if (next_tile != Walk::kEnd) {
-      load_key(smem.stage[stage ^ 1].key, next_tile * kBlockN);
-      load_value(smem.stage[stage ^ 1].value, next_tile * kBlockN);
-    }
-    ptx::cp_async_commit();
+    if (!next_step.is_end()) load_key_value(smem.stage[stage ^ 1], next_step.tile() * kBlockN);
     const uint32_t stage_offset = stage * sizeof(typename Traits::Stage);
 
     // S = Q K^T
@@ -185,38 +195,44 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     }
 
     // P = softmax numerator of S
-    if (!is_full) mask_scores(rS, s, smem.blocks, s.first_row + warp_row, tile * kBlockN);
+    const int col = step.tile() * kBlockN;
+    if (!step.is_full()) mask_scores(rS, s, job.blocks, s.first_row + warp_row, col);
     softmax.update(rS, rO);
 
-    // O += dropout(P) V
+    // Round P to operands, and drop
+    uint32_t rP[kBlockN / 16][kFragmentsM][4];
 #pragma unroll
     for (int n = 0; n < kBlockN; n += 16) {
-      uint32_t rP[kFragmentsM][4];
 #pragma unroll
       for (int m = 0; m < kFragmentsM; ++m) {
         const float (&left)[4] = rS[m][n / 8];
         const float (&right)[4] = rS[m][n / 8 + 1];
-        rP[m][0] = device::pack<Element>(left[0], left[1]);
-        rP[m][1] = device::pack<Element>(left[2], left[3]);
-        rP[m][2] = device::pack<Element>(right[0], right[1]);
-        rP[m][3] = device::pack<Element>(right[2], right[3]);
+        uint32_t (&fragment)[4] = rP[n / 16][m];
+        fragment[0] = device::pack<Element>(left[0], left[1]);
+        fragment[1] = device::pack<Element>(left[2], left[3]);
+        fragment[2] = device::pack<Element>(right[0], right[1]);
+        fragment[3] = device::pack<Element>(right[2], right[3]);
         if constexpr (Traits::kHasDropout) {
-          dropout.apply(rP[m], s.first_row + warp_row + 16 * m, tile * kBlockN + n);
+          job.dropout.apply(fragment, s.first_row + warp_row + 16 * m, col + n);
         }
       }
+    }
+
+    // O += P V
+#pragma unroll
+    for (int n = 0; n < kBlockN; n += 16) {
 #pragma unroll
       for (int d = 0; d < Traits::kHeadDim; d += 16) {
         uint32_t rV[4];
         ptx::ldmatrix_x4_trans(rV, value_address(n, d, stage_offset));
 #pragma unroll
         for (int m = 0; m < kFragmentsM; ++m) {
-          ptx::mma_16x8x16<Element>(rO[m][d / 8], rP[m], rV[0], rV[1]);
-          ptx::mma_16x8x16<Element>(rO[m][d / 8 + 1], rP[m], rV[2], rV[3]);
+          ptx::mma_16x8x16<Element>(rO[m][d / 8], rP[n / 16][m], rV[0], rV[1]);
+          ptx::mma_16x8x16<Element>(rO[m][d / 8 + 1], rP[n / 16][m], rV[2], rV[3]);
         }
       }
     }
-    tile = next_tile;
-    is_full = next_is_full;
+    step = next_step;
   }
 
   // Normalise, and write lse.
@@ -235,8 +251,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         rO[m][d][2 * half + 1] *= factor;
       }
       if (lane % 4 == 0 && row < s.query_rows) {
-        *row_pointer(p.lse, batch, s.query_start + row, work.head) =
-            takes_part ? softmax.lse(m, half) : -INFINITY;
+        job.lse[row] = takes_part ? softmax.lse(m, half) : -INFINITY;
       }
     }
   }
@@ -255,7 +270,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     }
   }
   __syncwarp();  // O, written by the lanes of a quad, is read by others
-  Element* gO = element_pointer<Element>(p.o, batch, s.query_start + s.first_row, work.head);
+  Element* gO = job.o + s.first_row * p.o.row_stride;
   constexpr int kChunks = Traits::kHeadDim / 8;
 #pragma unroll
   for (int i = lane; i < Traits::kWarpM * kChunks; i += 32) {
