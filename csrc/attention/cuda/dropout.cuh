@@ -1,0 +1,65 @@
+// Dropout of a tile of P from the counter-based bits of common/philox.h: one Philox call serves the
+// eight elements that a thread holds of a 16x16 block of the accumulator.
+#pragma once
+
+#include "attention/cuda/seqlen.cuh"
+#include "common/philox.h"
+
+namespace jax_flash::attention {
+
+class Dropout {
+ public:
+  __device__ Dropout(const DropoutParams& p, int64_t num_sequences, const BatchIndex& batch,
+                     const Sequence& s, int head)
+      : threshold_(p.threshold) {
+    if (p.threshold == 0) return;
+    const uint32_t* state = batch.of(p.state);
+    key0_ = state[0];
+    key1_ = state[1];
+    batch_ = state[2] * static_cast<uint32_t>(num_sequences) + s.index;
+    head_ = p.head_ids[head];
+  }
+
+  // The draws of the 16x16 block at (row, col), multiples of 16, of this lane: with g = lane / 4
+  // and q = lane % 4, the words x, y, z, w hold (g, 2q), (g, 2q + 8), (g + 8, 2q), (g + 8, 2q + 8),
+  // each with the column after it in its high half. That is the order of an mma operand A or of two
+  // accumulators side by side.
+  __device__ __forceinline__ Philox4 bits(int row, int col) const {
+    const uint32_t lane = threadIdx.x % 32;
+    return philox({col / 16u * 4 + lane % 4, row / 16u * 8 + lane / 4, head_, batch_}, key0_,
+                  key1_);
+  }
+  // Of a draw word: is the even (odd) column kept?
+  __device__ __forceinline__ bool keeps_even(uint32_t word) const {
+    return word << 16 >= threshold_ << 16;
+  }
+  __device__ __forceinline__ bool keeps_odd(uint32_t word) const {
+    return word >= threshold_ << 16;
+  }
+  // Zeroes the dropped elements of the 16x16 block of P at (row, col), packed as an mma operand A.
+  __device__ __forceinline__ void apply(uint32_t (&rP)[4], int row, int col) const {
+    const Philox4 words = bits(row, col);
+    rP[0] &= kept_halves(words.x);
+    rP[1] &= kept_halves(words.z);
+    rP[2] &= kept_halves(words.y);
+    rP[3] &= kept_halves(words.w);
+  }
+  __device__ __forceinline__ uint32_t kept_halves(uint32_t word) const {
+    return (keeps_even(word) ? 0x0000ffffu : 0u) | (keeps_odd(word) ? 0xffff0000u : 0u);
+  }
+  // Of an arbitrary element, counted from the sequence's start.
+  __device__ __forceinline__ bool keeps(int row, int col) const {
+    return dropout_draw(philox(dropout_counter(row, col, head_, batch_), key0_, key1_), row, col) >=
+           threshold_;
+  }
+
+ private:
+  uint32_t key0_ = 0, key1_ = 0, head_ = 0, batch_ = 0, threshold_;
+};
+
+// What the kept elements are multiplied by.
+__host__ __device__ inline float dropout_scale(const DropoutParams& p) {
+  return 65536.0f / static_cast<float>(65536 - p.threshold);
+}
+
+}  // namespace jax_flash::attention

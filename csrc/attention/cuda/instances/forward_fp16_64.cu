@@ -1,0 +1,7 @@
+#include "attention/cuda/sm80/forward.cuh"
+
+namespace jax_flash::attention {
+
+template const char* forward_sm80<__half, 64>(const ForwardParams&, cudaStream_t);
+
+}  // namespace jax_flash::attention

@@ -1,0 +1,23 @@
+// Run-time dtype and head dim -> the forward kernel, once.
+#include "attention/cuda/instances.h"
+
+namespace jax_flash::attention {
+
+const char* launch_attention_forward(const ForwardParams& p, cudaStream_t stream) {
+  if (p.mask.block_mask.data != nullptr && p.mask.block_cols % 8 != 0) {
+    return "jax_flash: block_size: expected a multiple of 8 columns";
+  }
+  return with_head_dim(p, [&]<int kHeadDim>() -> const char* {
+    switch (p.dtype) {
+      case DType::kBF16:
+        return forward_sm80<__nv_bfloat16, kHeadDim>(p, stream);
+      case DType::kF16:
+        return forward_sm80<__half, kHeadDim>(p, stream);
+      case DType::kF32:
+        return forward_f32<kHeadDim>(p, stream);
+    }
+    return "jax_flash: dtype: expected float32, float16 or bfloat16";
+  });
+}
+
+}  // namespace jax_flash::attention

@@ -1,0 +1,54 @@
+// Which (slot, head, batch entry) a CTA of the grid works on. Heads come in groups whose keys and
+// values fit in L2; inside a group the CTAs run slot by slot, so that under a causal mask the
+// heaviest tiles start first and the light ones fill the gaps at the end.
+#pragma once
+
+#include "attention/cuda/seqlen.cuh"
+
+namespace jax_flash::attention {
+
+struct Schedule {
+  int32_t slots;       // per (head, batch entry)
+  int32_t group;       // heads of a group; divides the number of heads
+  bool is_descending;  // last slot first
+
+  int64_t num_ctas(const Problem& p) const { return int64_t{slots} * p.heads * num_batches(p); }
+};
+
+struct Work {
+  int slot, head;
+  uint32_t batch;
+
+  __device__ Work(const Schedule& schedule, int heads, uint32_t cta) {
+    const uint32_t slots = schedule.slots, group = schedule.group;
+    const uint32_t section = cta / (slots * group), rest = cta % (slots * group);
+    const uint32_t head_of_all = section * group + rest % group;
+    slot = static_cast<int>(rest / group);
+    if (schedule.is_descending) slot = static_cast<int>(slots) - 1 - slot;
+    head = static_cast<int>(head_of_all % heads);
+    batch = head_of_all / heads;
+  }
+};
+
+// The forward kernels' order: full attention walks the slots of one head after another, which is
+// kindest to L2; a mask with a right edge makes the last slots the heaviest.
+inline Schedule forward_schedule(const Problem& p, int block_m, int element_bytes) {
+  Schedule schedule;
+  schedule.slots = static_cast<int32_t>(num_slots(p, p.seq_q, block_m));
+  schedule.is_descending = p.mask.window_right < p.seq_k;
+  schedule.group = 1;
+  if (schedule.is_descending) {
+    constexpr int64_t kL2Bytes = INT64_C(32) << 20;  // of the 40 to 60 MB of A100 and H200
+    const int64_t head_bytes = p.seq_k * (p.head_dim + p.value_dim) * element_bytes;
+    const int64_t shared_by = p.heads / p.kv_heads;  // query heads that read the same keys
+    for (int64_t group = 1; group <= p.heads; ++group) {
+      if (p.heads % group != 0) continue;
+      if ((group + shared_by - 1) / shared_by * head_bytes <= kL2Bytes) {
+        schedule.group = static_cast<int32_t>(group);
+      }
+    }
+  }
+  return schedule;
+}
+
+}  // namespace jax_flash::attention

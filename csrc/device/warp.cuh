@@ -1,0 +1,42 @@
+// Sums and maxima across the lanes of a warp.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_flash::device {
+
+inline constexpr uint32_t kWarp = 0xffffffffu;
+
+// Across the four lanes that share a row of an mma accumulator.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kWarp, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(kWarp, x, 1);
+  return x + __shfl_xor_sync(kWarp, x, 2);
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kWarp, x, step);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kWarp, x, step));
+  return x;
+}
+
+// Lane l gets the maximum over lanes 0..l.
+__device__ __forceinline__ int32_t inclusive_max(int32_t x) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t other = __shfl_up_sync(kWarp, x, step);
+    if (lane >= step) x = max(x, other);
+  }
+  return x;
+}
+
+}  // namespace jax_flash::device

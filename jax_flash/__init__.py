@@ -1,0 +1,33 @@
+"""Exact attention, and the fused operators around it in a transformer, for JAX.
+
+Flax layers are in `jax_flash.linen` and `jax_flash.nnx`.
+"""
+
+from jax_flash._attention import AttentionProbs
+from jax_flash.attention import (
+    attention,
+    attention_kvpacked,
+    attention_qkvpacked,
+    blocksparse_attention,
+)
+from jax_flash.backends import export_checks, show_backends
+from jax_flash.varlen import (
+    varlen_attention,
+    varlen_attention_kvpacked,
+    varlen_attention_qkvpacked,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionProbs",
+    "attention",
+    "attention_kvpacked",
+    "attention_qkvpacked",
+    "blocksparse_attention",
+    "export_checks",
+    "show_backends",
+    "varlen_attention",
+    "varlen_attention_kvpacked",
+    "varlen_attention_qkvpacked",
+]

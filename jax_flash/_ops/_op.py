@@ -1,0 +1,310 @@
+"""An operator: one primitive, its implementations, and how it behaves under JAX's transformations.
+
+This is the only file that knows JAX's internals. An `Op` is
+
+    bind                 -> abstract evaluation (shapes, explicit shardings, varying axes), vmap
+    rule lowering             -> custom_partitioning with a Shardy sharding rule, where there are
+    several devices implementation       -> one function a platform: an XLA custom call, or plain
+    jnp
+
+Operands and results are described by axis names, e.g. ("*", "T", "N", "H"): "*" stands for the
+leading batch axes that all operands have in common, where each one has the full size or 1
+(shared: what `vmap` makes of an operand that is not mapped). An operand of shape (0,) is an
+option that is off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src import core, dispatch
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend import core as extend_core
+from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+Axes = tuple[str | None, ...]
+BATCH = "*"
+PLATFORMS = ("cpu", "cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Axis names of one call's operands and results.
+
+    Attributes:
+      operands, results: names of each array's axes, first BATCH where it has the batch axes; ()
+        for an operand that is off.
+      shardable: names (besides the batch axes) along which devices may share the call, with the
+        number of equal parts it falls into: {"N": kv_heads}.
+      aliases: names that are cut wherever another is: {"K": "N"}.
+    """
+
+    operands: tuple[Axes, ...]
+    results: tuple[Axes, ...]
+    shardable: dict[str, int]
+    aliases: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """How one platform runs an operator.
+
+    Attributes:
+      name: "cuda", "cpu" or "xla".
+      run: (config, *operands) -> results.
+      refuse: (config, *operands) -> the reason why it cannot serve this call, or None.
+    """
+
+    name: str
+    run: Callable[..., Sequence[jax.Array]]
+    refuse: Callable[..., str | None] = lambda *_: None
+
+
+def is_off(array) -> bool:
+    return array.shape == (0,)
+
+
+class Op:
+    """One operator. `config` is a hashable dataclass with a field `implementation`."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        signature: Callable[..., Signature],
+        results: Callable[..., Sequence[jax.ShapeDtypeStruct]],
+        native: dict[str, Implementation],
+        xla: Implementation,
+    ):
+        self.name = name
+        self._signature = signature
+        self._results = results
+        self._native = native
+        self._xla = xla
+        self.primitive = self._make(name)
+        self._local = self._make(f"{name}_local")
+        _register_lowering(self.primitive, self._partitioned)
+        dispatch.prim_requires_devices_during_lowering.add(
+            self.primitive
+        )  # custom_partitioning's need
+        batching.primitive_batchers[self.primitive] = self._batch
+        for platform in PLATFORMS:
+            _register_lowering(self._local, functools.partial(self._run, platform), platform)
+        _register_lowering(self._local, functools.partial(self._run, "other"))
+
+    def __call__(self, config, *operands) -> tuple[jax.Array, ...]:
+        return tuple(self.primitive.bind(*core.auto_insert_reshard(*operands), config=config))
+
+    def _make(self, name: str) -> extend_core.Primitive:
+        primitive = extend_core.Primitive(name)
+        primitive.multiple_results = True
+        primitive.def_impl(functools.partial(dispatch.apply_primitive, primitive))
+        primitive.def_abstract_eval(self._abstract)
+        return primitive
+
+    def _abstract(self, *avals, config):
+        results = self._results(config, *avals)
+        mesh = core.get_cur_mesh_sharding().mesh
+        specs = [PartitionSpec()] * len(results)
+        if any(entry is not None for a in avals for entry in a.sharding.spec):  # explicit axes
+            specs = self._specs(config, avals, [a.sharding.spec for a in avals], mesh)[1]
+        varying = core.standard_vma_rule(self.name, *avals)
+        return [
+            core.ShapedArray(
+                result.shape,
+                result.dtype,
+                sharding=core.get_cur_mesh_sharding(spec),
+                manual_axis_type=core.ManualAxisType(varying=varying),
+            )
+            for result, spec in zip(results, specs, strict=True)
+        ]
+
+    def _batch(self, operands, axes, *, config):
+        """vmap: one more batch axis, of size 1 where an operand is not mapped."""
+        unbatched = [_without_axis(x, axis) for x, axis in zip(operands, axes, strict=True)]
+        names = self._signature(config, *unbatched).operands
+        moved = []
+        for x, axis, name in zip(operands, axes, names, strict=True):
+            if axis is None:
+                moved.append(jnp.expand_dims(x, 0) if name[:1] == (BATCH,) else x)
+            elif name[:1] == (BATCH,):
+                moved.append(jnp.moveaxis(x, axis, 0))
+            else:
+                raise NotImplementedError(f"jax_flash.{self.name}: vmap over an index operand")
+        results = self(config, *moved)
+        return results, [None if is_off(r) else 0 for r in results]
+
+    # Sharding ------------------------------------------------------------------------------------
+
+    def _named_axes(self, config, avals):
+        """Every axis of every array by name: "b0", "b1", ... for batch axes, None if shared."""
+        signature = self._signature(config, *avals)
+        results = self._results(config, *avals)
+        arrays = (*avals, *results)
+        named: list[Axes] = []
+        for array, axes in zip(arrays, (*signature.operands, *signature.results), strict=True):
+            if axes[:1] == (BATCH,):
+                lead = array.shape[: len(array.shape) - len(axes) + 1]
+                full = results[0].shape
+                batch = (f"b{i}" if size == full[i] else None for i, size in enumerate(lead))
+                axes = (*batch, *axes[1:])
+            named.append(axes or (None,) * len(array.shape))
+        sizes = {name: n for axes, a in zip(named, arrays) for name, n in zip(axes, a.shape)}
+        return signature, named[: len(avals)], named[len(avals) :], sizes
+
+    def _specs(self, config, avals, given, mesh):
+        """The one way to cut the call: an axis goes as the first operand that cuts it has it."""
+        signature, operand_axes, result_axes, sizes = self._named_axes(config, avals)
+        chosen: dict[str, Any] = {}
+        used: set[str] = set()
+        for axes, spec in zip(operand_axes, given, strict=True):
+            for name, entry in zip(axes, tuple(spec or ())):
+                name = signature.aliases.get(name, name)
+                if name is None or name in chosen or not isinstance(entry, (str, tuple)):
+                    continue
+                mesh_axes = (entry,) if isinstance(entry, str) else entry
+                devices = math.prod(mesh.shape[axis] for axis in mesh_axes)
+                parts = sizes[name] if name.startswith("b") else signature.shardable.get(name)
+                if parts is not None and parts % devices == 0 and not used & set(mesh_axes):
+                    chosen[name] = entry
+                    used |= set(mesh_axes)
+
+        def spec_of(axes):
+            return PartitionSpec(*(chosen.get(signature.aliases.get(n, n)) for n in axes))
+
+        return [spec_of(axes) for axes in operand_axes], [spec_of(axes) for axes in result_axes]
+
+    def _partitioned(self, *operands, config):
+        avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+        results = self._results(config, *avals)
+        # What is off has nothing to cut: it stays outside of the partitioned call.
+        on = [i for i, x in enumerate(operands) if not is_off(x)]
+        on_results = [i for i, x in enumerate(results) if not is_off(x)]
+
+        def local(*shards):
+            given = iter(shards)
+            full = [
+                next(given) if i in on else jnp.zeros(a.shape, a.dtype) for i, a in enumerate(avals)
+            ]
+            out = self._local.bind(*core.auto_insert_reshard(*full), config=config)
+            return tuple(out[i] for i in on_results)
+
+        def specs(mesh, arg_shapes):
+            given: list[Any] = [None] * len(avals)
+            for i, a in zip(on, arg_shapes, strict=True):
+                given[i] = getattr(a.sharding, "spec", None)
+            operand_specs, result_specs = self._specs(config, avals, given, mesh)
+            return (
+                tuple(NamedSharding(mesh, operand_specs[i]) for i in on),
+                tuple(NamedSharding(mesh, result_specs[i]) for i in on_results),
+            )
+
+        def partition(mesh, arg_shapes, result_shapes):
+            operand_shardings, result_shardings = specs(mesh, arg_shapes)
+            return mesh, local, result_shardings, operand_shardings
+
+        def infer_sharding_from_operands(mesh, arg_shapes, result_shapes):
+            return specs(mesh, arg_shapes)[1]
+
+        call = custom_partitioning(local)
+        signature, operand_axes, result_axes, sizes = self._named_axes(config, avals)
+        rule, factors = _shardy_rule(
+            signature, [operand_axes[i] for i in on], [result_axes[i] for i in on_results], sizes
+        )
+        call.def_partition(
+            partition=partition,
+            infer_sharding_from_operands=infer_sharding_from_operands,
+            sharding_rule=rule,
+            **factors,
+        )
+        returned = iter(call(*(operands[i] for i in on)))
+        return [
+            next(returned) if i in on_results else jnp.zeros(r.shape, r.dtype)
+            for i, r in enumerate(results)
+        ]
+
+    # Implementations -----------------------------------------------------------------------------
+
+    def _run(self, platform, *operands, config):
+        native, asked = self._native.get(platform), config.implementation
+        if asked == "xla" or (asked is None and native is None):
+            return self._xla.run(config, *operands)
+        if native is None or asked not in (None, native.name):
+            raise NotImplementedError(
+                f"jax_flash.{self.name}: implementation={asked!r} does not run on platform "
+                f"{platform!r}"
+            )
+        reason = native.refuse(config, *operands)
+        if reason is None:
+            return native.run(config, *operands)
+        if asked is not None:
+            raise NotImplementedError(f"jax_flash.{self.name}: implementation={asked!r}: {reason}")
+        warn_once(
+            f"jax_flash.{self.name}: no {native.name} kernel for this call: {reason}. "
+            "XLA's compiled reference runs instead."
+        )
+        return self._xla.run(config, *operands)
+
+
+def _register_lowering(primitive, function, platform=None):
+    mlir.register_lowering(
+        primitive, mlir.lower_fun(function, multiple_results=True), platform=platform
+    )
+
+
+def _without_axis(x, axis) -> jax.ShapeDtypeStruct:
+    shape = list(x.shape)
+    if axis is not None:
+        del shape[axis]
+    return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+
+def _shardy_rule(signature, operand_axes, result_axes, sizes):
+    """The sharding rule in Shardy's notation (einsum-like, one factor an axis).
+
+    An axis that must stay whole gets a factor of its own that asks for replication. Where G query
+    heads share a kv head, N = (K G) and only K may be cut: a query head never leaves its kv head.
+    """
+    whole: list[str] = []
+    factor_sizes: dict[str, int] = {}
+
+    def factor(name):
+        name = signature.aliases.get(name, name)
+        if name is not None and name.startswith("b"):
+            return name
+        if name in signature.shardable:
+            return name.lower()
+        whole.append(f"w{len(whole)}")
+        return whole[-1]
+
+    def factors(name):
+        parts = signature.shardable.get(name)
+        if parts is None or sizes[name] == parts:
+            return factor(name)
+        group = f"{name.lower()}group"
+        factor_sizes[group] = sizes[name] // parts
+        return f"({name.lower()} {group})"
+
+    def side(arrays):
+        return ", ".join(" ".join(factors(name) for name in axes) for axes in arrays)
+
+    rule = f"{side(operand_axes)} -> {side(result_axes)}"
+    return rule, {"need_replication_factors": (*whole, *factor_sizes), **factor_sizes}
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def ffi_call(target: str, results: Sequence[jax.ShapeDtypeStruct], *operands, **attributes):
+    """One custom call; attributes are booleans or numpy scalars, scratch memory is a result."""
+    return jax.ffi.ffi_call(target, tuple(results))(*operands, **attributes)

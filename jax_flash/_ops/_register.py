@@ -1,0 +1,31 @@
+"""Finds the compiled modules and registers their handlers with XLA, once."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import jax
+
+_XLA_PLATFORM = {"cpu": "cpu", "cuda": "CUDA"}
+
+
+@functools.cache
+def missing(platform: str) -> str | None:
+    """Registers every handler of `_cpu` or `_cuda`; says why it is not there, or None."""
+    try:
+        module = importlib.import_module(f"jax_flash._{platform}")
+    except ImportError as error:
+        return f"jax_flash is installed without its {platform} kernels ({error})"
+    for name, capsule in module.registrations().items():
+        jax.ffi.register_ffi_target(name, capsule, platform=_XLA_PLATFORM[platform], api_version=1)
+    return None
+
+
+def targets() -> list[str]:
+    """Names of the custom calls that the installed modules provide."""
+    names: set[str] = set()
+    for platform in _XLA_PLATFORM:
+        if missing(platform) is None:
+            names |= importlib.import_module(f"jax_flash._{platform}").registrations().keys()
+    return sorted(names)

@@ -1,0 +1,305 @@
+"""The two primitives of attention: operands, shapes, sharding, and which implementation runs.
+
+    attention_forward (query, key, value,                        *options) -> out, lse
+    attention_backward(query, key, value, out, lse, dout, dlse,  *options) -> dq, dk, dv
+
+    options = query_lengths, key_lengths, causal_offset, dropout_state, head_ids, block_mask
+
+csrc/attention/check.h reads the same lists. Packed operands come as one array, in `query` (qkv)
+or `key` (kv), and their gradients go out as one array in `dq` or `dk`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash._ops import _register, attention_xla
+from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
+
+SEPARATE, KEY_VALUE, QUERY_KEY_VALUE = range(3)  # Packing in check.h
+OPTIONS = (
+    "query_lengths",
+    "key_lengths",
+    "causal_offset",
+    "dropout_state",
+    "head_ids",
+    "block_mask",
+)
+_BATCH_DIMS = 3  # kBatchDims in params.h
+MAX_HEAD_DIM = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """What is static in a call; the attributes of the custom calls.
+
+    Attributes:
+      scale: factor on the scores.
+      window_left, window_right: how far a query sees to either side of its diagonal; -1: without
+        limit.
+      bottom_right: the diagonal ends in the last query and key, not begins in the first.
+      varlen: lengths are cu_seqlens, rows of all sequences are concatenated.
+      dropout_threshold: 16-bit draws below it drop; 0: no dropout.
+      block_rows, block_cols: queries and keys a block of block_mask covers; 0: no block mask.
+      packing: SEPARATE, KEY_VALUE or QUERY_KEY_VALUE.
+      deterministic: the backward gives the same bits every time.
+      implementation: None (by platform), "cuda", "cpu" or "xla".
+    """
+
+    scale: float
+    window_left: int = -1
+    window_right: int = -1
+    bottom_right: bool = False
+    varlen: bool = False
+    dropout_threshold: int = 0
+    block_rows: int = 0
+    block_cols: int = 0
+    packing: int = SEPARATE
+    deterministic: bool = False
+    implementation: str | None = None
+
+    def attributes(self) -> dict[str, object]:
+        integers = (
+            "window_left",
+            "window_right",
+            "dropout_threshold",
+            "block_rows",
+            "block_cols",
+            "packing",
+        )
+        return {
+            "scale": np.float32(self.scale),
+            "bottom_right": self.bottom_right,
+            "varlen": self.varlen,
+            **{name: np.int64(getattr(self, name)) for name in integers},
+        }
+
+
+# Axis names --------------------------------------------------------------------------------------
+
+
+def _tensor_axes(packing: int) -> tuple[tuple[str, ...], ...]:
+    if packing == QUERY_KEY_VALUE:
+        return (BATCH, "T", "three", "N", "H"), (), ()
+    if packing == KEY_VALUE:
+        return (BATCH, "T", "N", "H"), (BATCH, "S", "two", "K", "H"), ()
+    return (BATCH, "T", "N", "H"), (BATCH, "S", "K", "H"), (BATCH, "S", "K", "Hv")
+
+
+def _option_axes(options) -> tuple[tuple[str, ...], ...]:
+    mask_heads = "N" if not is_off(options[-1]) and options[-1].shape[-3] != 1 else "one"
+    axes = (
+        (BATCH, "lengths"),
+        (BATCH, "lengths"),
+        (BATCH, "one"),
+        (BATCH, "four"),
+        ("N",),
+        (BATCH, mask_heads, "rows", "cols"),
+    )
+    return tuple(() if is_off(x) else a for x, a in zip(options, axes, strict=True))
+
+
+def _heads(config, query, key) -> tuple[int, int]:
+    kv_heads = query.shape[-2] if config.packing == QUERY_KEY_VALUE else key.shape[-2]
+    return query.shape[-2], kv_heads
+
+
+def _signature(extra, results):
+    def of(config, *operands) -> Signature:
+        query, key = operands[:2]
+        packed = _tensor_axes(config.packing)
+        middle = tuple(
+            () if is_off(x) else axes for x, axes in zip(operands[3:], extra, strict=False)
+        )
+        return Signature(
+            operands=packed + middle + _option_axes(operands[-len(OPTIONS) :]),
+            results=packed if results is None else results,
+            shardable={"N": _heads(config, query, key)[1]},
+            aliases={"K": "N"},
+        )
+
+    return of
+
+
+_OUT, _ROWS = (BATCH, "T", "N", "Hv"), (BATCH, "N", "T")
+_forward_signature = _signature((), (_OUT, _ROWS))
+_backward_signature = _signature(
+    (_OUT, _ROWS, _OUT, _ROWS),
+    None,  # out, lse, dout, dlse
+)
+
+
+# Shapes ------------------------------------------------------------------------------------------
+
+
+def _batch_shape(signature: Signature, operands) -> tuple[int, ...]:
+    leads = [
+        x.shape[: len(x.shape) - len(axes) + 1]
+        for x, axes in zip(operands, signature.operands, strict=True)
+        if axes[:1] == (BATCH,)
+    ]
+    return jnp.broadcast_shapes(*leads)
+
+
+def _forward_results(config, *operands):
+    query, value = operands[0], operands[2]
+    batch = _batch_shape(_forward_signature(config, *operands), operands)
+    seq_q = query.shape[-4] if config.packing == QUERY_KEY_VALUE else query.shape[-3]
+    value_dim = value.shape[-1] if config.packing == SEPARATE else query.shape[-1]
+    heads = query.shape[-2]
+    return (
+        jax.ShapeDtypeStruct((*batch, seq_q, heads, value_dim), query.dtype),
+        jax.ShapeDtypeStruct((*batch, heads, seq_q), jnp.promote_types(query.dtype, jnp.float32)),
+    )
+
+
+def _backward_results(config, *operands):
+    signature = _backward_signature(config, *operands)
+    batch = _batch_shape(signature, operands)
+    return tuple(
+        jax.ShapeDtypeStruct((*batch, *x.shape[len(x.shape) - len(axes) + 1 :]), x.dtype)
+        if axes
+        else jax.ShapeDtypeStruct((0,), x.dtype)
+        for x, axes in zip(operands[:3], signature.results, strict=True)
+    )
+
+
+# Custom calls ------------------------------------------------------------------------------------
+
+
+def _canonical(signature: Signature, operands):
+    """Operands with exactly _BATCH_DIMS batch axes, by reshapes that move nothing.
+
+    Neighbouring batch axes that the same operands share become one. More kinds of sharing than the
+    kernels have axes for (nested vmaps over ever different operands) are broadcast in memory.
+    """
+    batched = [axes[:1] == (BATCH,) for axes in signature.operands]
+    tails = [
+        x.shape[x.ndim - len(a) + 1 :] for x, a in zip(operands, signature.operands, strict=False)
+    ]
+    leads = [
+        x.shape[: x.ndim - len(a) + 1] for x, a in zip(operands, signature.operands, strict=False)
+    ]
+    full = _batch_shape(signature, operands)
+
+    def groups_of(leads):
+        groups: list[list[int]] = []
+        patterns: list[tuple[bool, ...]] = []
+        for axis, size in enumerate(full):
+            if size == 1:
+                continue
+            pattern = tuple(b and lead[axis] == 1 for b, lead in zip(batched, leads, strict=False))
+            if patterns and patterns[-1] == pattern:
+                groups[-1].append(axis)
+            else:
+                groups.append([axis])
+                patterns.append(pattern)
+        return groups
+
+    groups = groups_of(leads)
+    if len(groups) > _BATCH_DIMS:
+        operands = [
+            jnp.broadcast_to(x, (*full, *tail)) if b else x
+            for x, b, tail in zip(operands, batched, tails, strict=False)
+        ]
+        leads = [full if b else lead for b, lead in zip(batched, leads, strict=False)]
+        groups = groups_of(leads)
+    padding = (1,) * (_BATCH_DIMS - len(groups))
+
+    def shape(lead):
+        return padding + tuple(math.prod(lead[axis] for axis in group) for group in groups)
+
+    canonical = [
+        x.reshape(*shape(lead), *tail) if b else x
+        for x, b, lead, tail in zip(operands, batched, leads, tails, strict=False)
+    ]
+    return canonical, full
+
+
+def _bytes(block_mask):
+    return block_mask if is_off(block_mask) else block_mask.astype(jnp.uint8)
+
+
+def _call(target, signature, results, workspace, config, *operands):
+    operands = (*operands[:-1], _bytes(operands[-1]))
+    operands, full = _canonical(signature(config, *operands), operands)
+    shapes = results(config, *operands)
+    attributes = config.attributes()
+    scratch = ()
+    if workspace is not None:
+        attributes["deterministic"] = config.deterministic
+        scratch = (jax.ShapeDtypeStruct((workspace(config, *operands),), jnp.uint8),)
+    returned = ffi_call(target, (*shapes, *scratch), *operands, **attributes)
+    return tuple(
+        x if is_off(x) else x.reshape(*full, *x.shape[_BATCH_DIMS:])
+        for x in returned[: len(shapes)]
+    )
+
+
+def _no_workspace(config, *operands) -> int:
+    return 0
+
+
+def cuda_backward_workspace(config, *operands) -> int:
+    """Bytes of scratch of the CUDA backward: delta and lse in base 2, and dQ in float32."""
+    query = operands[0]
+    batch = math.prod(_backward_results(config, *operands)[0].shape[:_BATCH_DIMS])
+    seq_q = query.shape[-4] if config.packing == QUERY_KEY_VALUE else query.shape[-3]
+    rows = batch * query.shape[-2] * (-(-seq_q // 128) * 128 + 128)
+    return 4 * rows * (2 + -(-query.shape[-1] // 32) * 32)
+
+
+def _refuse(platform: str):
+    dtypes = (jnp.float32, jnp.float16, jnp.bfloat16)
+
+    def refuse(config, *operands) -> str | None:
+        query, value = operands[0], operands[2]
+        if (reason := _register.missing(platform)) is not None:
+            return reason
+        if query.dtype not in dtypes:
+            return f"{query.dtype} (kernels: float32, float16, bfloat16)"
+        dims = [query.shape[-1]] + ([value.shape[-1]] if config.packing == SEPARATE else [])
+        if max(dims) > MAX_HEAD_DIM:
+            return f"head dim {max(dims)} (kernels: up to {MAX_HEAD_DIM})"
+        return None
+
+    return refuse
+
+
+def _native(direction, signature, results, workspaces):
+    target = f"jax_flash.attention_{direction}"
+    return {
+        platform: Implementation(
+            platform,
+            functools.partial(_call, target, signature, results, workspace),
+            _refuse(platform),
+        )
+        for platform, workspace in workspaces.items()
+    }
+
+
+attention_forward = Op(
+    "attention_forward",
+    signature=_forward_signature,
+    results=_forward_results,
+    native=_native("forward", _forward_signature, _forward_results, {"cpu": None, "cuda": None}),
+    xla=Implementation("xla", attention_xla.forward),
+)
+attention_backward = Op(
+    "attention_backward",
+    signature=_backward_signature,
+    results=_backward_results,
+    native=_native(
+        "backward",
+        _backward_signature,
+        _backward_results,
+        {"cpu": _no_workspace, "cuda": cuda_backward_workspace},
+    ),
+    xla=Implementation("xla", attention_xla.backward),
+)
