@@ -32,6 +32,7 @@ struct BackwardPlan {
   float* dkv_sum = nullptr;  // [key_splits, 2, batches, kv_heads, key_slots, kBlockN * head_dim];
                              // empty with one split
   int64_t dq_elements = 0, dkv_elements = 0;  // of one dQ sum; of one split's dK or dV sum
+  int64_t key_tile_elements = 0;  // of one slot's dK or dV
   int64_t bytes = 0;
 };
 
@@ -55,6 +56,7 @@ inline BackwardPlan make_backward_plan(const BackwardParams& p, int block_m, int
   plan.key_slots = plan_slots(p, p.seq_k, block_n);
   plan.dq_elements = plan.batches * p.heads * plan.query_slots * block_m * head_dim;
   plan.dkv_elements = plan.batches * p.kv_heads * plan.key_slots * block_n * head_dim;
+  plan.key_tile_elements = int64_t{block_n} * head_dim;
 
   // Fill the GPU. These choices use the nominal tiles, so that Python need not know the kernel's.
   const int64_t columns = plan.batches * p.kv_heads;

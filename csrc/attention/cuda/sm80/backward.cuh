@@ -34,62 +34,78 @@ struct BackwardStep {
 // Where a CTA works. It lies in shared memory, since it is read a few times a step and would cost the
 // registers that the accumulators need.
 struct BackwardPlace {
+  int slot = 0, kv_head = 0;
   BatchIndex batch;
   Sequence sequence;
   TileRange range;     // query tiles that see the key tile
-  int64_t query_slot;  // of head 0 and the sequence's first tile, in [batches, heads, query_slots]
+  int64_t query_tile = 0;  // of head 0 and the sequence's first rows: [batches, heads, query_slots]
+  float* dq_sum = nullptr;
+  float* dkv_sum = nullptr;  // of this tile and split
 
   // The list of (head of the group, tile of the range) is shared by key_splits CTAs: this one takes
   // the positions [next, last), without those that a block mask leaves out.
-  int next, last, first_head;
-  int window;             // position of bit 0 of active
-  uint32_t active, full;  // of the 32 positions from window on
+  int next = 0, last = 0, first_head = 0;
+  int window = 0;                 // position of bit 0 of active
+  uint32_t active = 0, full = 0;  // of the 32 positions from window on
 
-  __device__ BackwardPlace(const BackwardArguments& a, const BatchIndex& batch, int64_t batch_index,
-                           int kv_head, int split, const Sequence& s, const TileRange& range,
-                           int block_m)
-      : batch(batch), sequence(s), range(range), window(0), active(0), full(0) {
-    query_slot = batch_index * a.p.heads * a.plan.query_slots;
-    if (a.p.mask.varlen) query_slot += s.query_start / block_m + s.index + 1;
+  // CTA `index` of [batches, kv_heads, key_splits, key_stride] at key tile `slot`. All lanes of a
+  // warp must call it together.
+  template <int kBlockM, int kBlockN>
+  __device__ static BackwardPlace find(const BackwardArguments& a, int64_t index, int slot) {
+    const int64_t column = index / a.plan.key_stride / a.plan.key_splits;
+    const int64_t batch_index = column / a.p.kv_heads;
+    const int kv_head = static_cast<int>(column % a.p.kv_heads);
+    const int64_t split = index / a.plan.key_stride % a.plan.key_splits;
+    BackwardPlace place{.slot = slot, .kv_head = kv_head, .batch = BatchIndex(a.p, batch_index)};
+    Sequence& s = place.sequence;
+    s = find_sequence(a.p, place.batch, Axis::kKey, kBlockN, slot);
+    place.range = query_tiles<kBlockM, kBlockN>(s, s.first_row);
+    place.query_tile = batch_index * a.p.heads * a.plan.query_slots;
+    if (a.p.mask.varlen) place.query_tile += s.query_start / kBlockM + s.index + 1;
+    place.dq_sum = a.plan.dq_sum;
+    if (a.p.deterministic) place.dq_sum += index % a.plan.key_stride * a.plan.dq_elements;
+    place.dkv_sum = a.plan.dkv_sum + split * 2 * a.plan.dkv_elements +
+                    (column * a.plan.key_slots + slot) * a.plan.key_tile_elements;
+
     const int group = static_cast<int>(a.p.heads / a.p.kv_heads);
-    const int64_t length = static_cast<int64_t>(max(range.end - range.begin, 0)) * group;
-    first_head = kv_head * group;
-    next = static_cast<int>(length * split / a.plan.key_splits);
-    last = static_cast<int>(length * (split + 1) / a.plan.key_splits);
+    const int64_t length = static_cast<int64_t>(max(place.range.end - place.range.begin, 0)) * group;
+    place.first_head = kv_head * group;
+    place.next = static_cast<int>(length * split / a.plan.key_splits);
+    place.last = static_cast<int>(length * (split + 1) / a.plan.key_splits);
+    return place;
   }
-  // The tile of a step, in [batches, heads, query_slots].
-  __device__ int64_t query_tile(const BackwardArguments& a, const BackwardStep& step,
-                                int block_m) const {
-    return query_slot + step.head * a.plan.query_slots + step.row / block_m;
+
+  // The step at a position of the list.
+  template <int kBlockM>
+  __device__ BackwardStep step_at(int position) const {
+    const int count = range.end - range.begin, tile = range.begin + position % count;
+    return {first_head + position / count, tile * kBlockM, range.is_full(tile)};
   }
 };
 
-// The next step, for one warp: all its lanes must call it together.
+// Writes the place's next step. All lanes of a warp must call it together.
 template <int kBlockM, int kBlockN>
-__device__ inline BackwardStep next_step(const BackwardParams& p, BackwardPlace& place) {
-  const auto step_at = [&](int position) {
-    const TileRange& range = place.range;
-    const int count = range.end - range.begin, tile = range.begin + position % count;
-    return BackwardStep{place.first_head + position / count, tile * kBlockM, range.is_full(tile)};
-  };
+__device__ inline void next_step(const BackwardParams& p, BackwardPlace& place,
+                                 BackwardStep& result) {
+  const bool is_writer = threadIdx.x % 32 == 0;
   if (p.mask.block_mask.data == nullptr) {
-    const int position = place.next;
-    if (position >= place.last) return {};
-    __syncwarp();  // All lanes have read `next`.
-    place.next = position + 1;
-    return step_at(position);
+    if (is_writer) {
+      const int position = place.next;
+      result = position < place.last ? place.step_at<kBlockM>(position) : BackwardStep{};
+      if (position < place.last) place.next = position + 1;
+    }
+    return;
   }
   uint32_t active = place.active, full = place.full;
   int window = place.window, next = place.next;
-  while (active == 0) {
-    if (next >= place.last) return {};
+  while (active == 0 && next < place.last) {
     window = next;
     next += 32;
     const int position = window + static_cast<int>(threadIdx.x % 32);
     bool any = false, all = false;
     if (position < place.last) {
       const Sequence& s = place.sequence;
-      const BackwardStep candidate = step_at(position);
+      const BackwardStep candidate = place.step_at<kBlockM>(position);
       BlockMask(p.mask, place.batch, candidate.head)
           .classify(candidate.row, min(candidate.row + kBlockM, s.query_length), s.first_row,
                     min(s.first_row + kBlockN, s.key_length), any, all);
@@ -97,15 +113,21 @@ __device__ inline BackwardStep next_step(const BackwardParams& p, BackwardPlace&
     active = __ballot_sync(device::kWarp, any);
     full = __ballot_sync(device::kWarp, all);
   }
-  const int bit = __ffs(active) - 1;
-  BackwardStep step = step_at(window + bit);
-  step.is_full = step.is_full && (full >> bit & 1) != 0;
   __syncwarp();  // All lanes have read the place.
-  place.active = active & (active - 1);
-  place.full = full;
-  place.window = window;
-  place.next = next;
-  return step;
+  if (is_writer) {
+    BackwardStep step;
+    if (active != 0) {
+      const int bit = __ffs(active) - 1;
+      step = place.step_at<kBlockM>(window + bit);
+      step.is_full = step.is_full && (full >> bit & 1) != 0;
+    }
+    result = step;
+    place.active = active & (active - 1);
+    place.full = full;
+    place.window = window;
+    place.next = next;
+  }
+  __syncwarp();  // The place is written before its lanes read it again.
 }
 
 template <typename Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kStages_,
@@ -130,7 +152,7 @@ struct BackwardTraits {
 
   using KeyTile = device::SharedTile<kBlockN, kHeadDim>;
   using QueryTile = device::SharedTile<kBlockM, kHeadDim>;
-  using ScoreTile = device::SharedTile<kBlockM, kBlockN>;
+  using ScoreTile = device::SharedTile<kBlockM, (kBlockN < 64 ? 64 : kBlockN)>;  // 64-column slabs
   struct Smem {
     KeyTile k, v;  // in the end: dK and dV on their way out
     QueryTile q[kStages], dout[kStages];
@@ -141,24 +163,29 @@ struct BackwardTraits {
   };
 };
 
-// Gives the dropped elements of P a minus sign; row and col are those of the warp's block.
-template <int kM, int kN>
-__device__ __forceinline__ void negate_dropped(float (&rP)[kM][kN][4], const Dropout& dropout,
-                                               int row, int col) {
+// Gives the dropped elements of 16 rows of P a minus sign; (row, col) is their first.
+template <int kN>
+__device__ __forceinline__ void negate_dropped(float (&rP)[kN][4], const Dropout& dropout, int row,
+                                               int col) {
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
+  for (int n = 0; n < kN; n += 2) {
+    const Philox4 bits = dropout.bits(row, col + 8 * n);
+    const uint32_t words[4] = {bits.x, bits.z, bits.y, bits.w};
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      const Philox4 bits = dropout.bits(row + 16 * m, col + 8 * n);
-      const uint32_t words[4] = {bits.x, bits.z, bits.y, bits.w};
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        float* pair = &rP[m][n + word / 2][word % 2 * 2];
-        if (!dropout.keeps_even(words[word])) pair[0] = -pair[0];
-        if (!dropout.keeps_odd(words[word])) pair[1] = -pair[1];
-      }
+    for (int word = 0; word < 4; ++word) {
+      float* pair = &rP[n + word / 2][word % 2 * 2];
+      if (!dropout.keeps_even(words[word])) pair[0] = -pair[0];
+      if (!dropout.keeps_odd(words[word])) pair[1] = -pair[1];
     }
   }
+}
+
+// max(x, 0) of both elements; NaN stays.
+template <typename Element>
+__device__ __forceinline__ uint32_t positive_part(uint32_t pair) {
+  using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+  const Pair result = __hmax2_nan(reinterpret_cast<const Pair&>(pair), Pair{});
+  return reinterpret_cast<const uint32_t&>(result);
 }
 
 template <class Traits, bool kHasDropout>
@@ -179,32 +206,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   const BackwardPlan& plan = a.plan;
   BackwardPlace& place = smem.place;
 
-  // This CTA: key tiles `first_slot`, + key_stride, ... of one kv head.
-  int64_t rest = blockIdx.x;
-  const int first_slot = static_cast<int>(rest % plan.key_stride);
-  rest /= plan.key_stride;
-  const int split = static_cast<int>(rest % plan.key_splits);
-  rest /= plan.key_splits;
-  const int kv_head = static_cast<int>(rest % p.kv_heads);
-  const int64_t batch_index = rest / p.kv_heads;
-  const BatchIndex batch(p, batch_index);
-  const LaneOffsets lanes;
-  const float scale_log2 = p.scale * 1.4426950408889634f;
-  float* const dq_sum = plan.dq_sum + (p.deterministic ? first_slot * plan.dq_elements : 0);
 
-  for (int slot = first_slot; slot < plan.key_slots; slot += static_cast<int>(plan.key_stride)) {
-    {
-      const Sequence s = find_sequence(p, batch, Axis::kKey, kBlockN, slot);
-      if (s.slot_is_empty(Axis::kKey)) continue;
-      if (threadIdx.x < 32) {
-        new (&place) BackwardPlace(a, batch, batch_index, kv_head, split, s,
-                                   query_tiles<kBlockM, kBlockN>(s, s.first_row), kBlockM);
-        __syncwarp();  // The place is written before its lanes read it.
-        for (int i = 0; i < 3; ++i) smem.steps[i] = next_step<kBlockM, kBlockN>(p, place);
-      }
+  for (int slot = static_cast<int>(blockIdx.x % plan.key_stride); slot < plan.key_slots;) {
+    if (threadIdx.x < 32) {
+      const BackwardPlace found = BackwardPlace::find<kBlockM, kBlockN>(a, blockIdx.x, slot);
+      if (threadIdx.x == 0) place = found;
+      __syncwarp();  // The place is written before its lanes read it.
+      for (int i = 0; i < 3; ++i) next_step<kBlockM, kBlockN>(p, place, smem.steps[i]);
     }
     __syncthreads();  // The place and the first steps are written.
     const Sequence& s = place.sequence;
+
+    // The tile of a step in [batches, heads, query_slots].
+    const auto query_tile = [&](const BackwardStep& step) {
+      return place.query_tile + step.head * plan.query_slots + step.row / kBlockM;
+    };
 
     // Starts the copies of a step's operands.
     auto load = [&](const BackwardStep& step, int stage) {
@@ -214,21 +230,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
       load_rows<kThreads>(smem.dout[stage],
                           element_pointer<Element>(p.dout, place.batch, row, step.head),
                           p.dout.row_stride, rows, static_cast<int>(p.value_dim));
-      if (threadIdx.x < kBlockM / 2) {
-        const float2* stats = plan.stats + place.query_tile(a, step, kBlockM) * kBlockM;
-        ptx::cp_async_16(ptx::shared_address(&smem.stats[stage][2 * threadIdx.x]),
-                         stats + 2 * threadIdx.x, 16);
+      if (const int thread = opaque(threadIdx.x); thread < kBlockM / 2) {
+        const float2* stats = plan.stats + query_tile(step) * kBlockM;
+        ptx::cp_async_16(ptx::shared_address(&smem.stats[stage][2 * thread]),
+                         stats + 2 * thread, 16);
       }
     };
 
     // P and dS of a step into shared memory, from Q, K, V, dO and the rows' lse and delta.
     auto recompute = [&](const BackwardStep& step, int stage, int buffer) {
+      const LaneOffsets lanes;
       const int row = ScoreWarps::row(), col = ScoreWarps::col();
       // S = Q K^T
       typename ScoreWarps::Accumulator rP = {};
       multiply_add<Element, kHeadDim>(rP, Operand<QueryTile, false>(smem.q[stage], lanes.rows_first, row),
                                       Operand<KeyTile, false>(smem.k, lanes.cols_first, col));
 
+      const float scale_log2 = p.scale * 1.4426950408889634f;
       // P = exp(scale S - lse). A partial tile is scaled before it is masked: -inf * scale would be
       // wrong for a scale that is not positive.
       const float factor = step.is_full ? scale_log2 : 1.0f;
@@ -237,38 +255,33 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
         for (int i = 0; i < ScoreWarps::kSize; ++i) (&rP[0][0][0])[i] *= scale_log2;
         mask_scores(rP, s, BlockMask(p.mask, place.batch, step.head), step.row + row, s.first_row + col);
       }
-      float2 stats[ScoreWarps::kM][2];
+      // P waits for dP: in f32, or as 16-bit pairs where registers are short. A dropped element
+      // carries a minus sign.
+      constexpr bool kPacksP = ScoreWarps::kSize > 32;
+      uint32_t packed[ScoreWarps::kM][ScoreWarps::kN][2];
+      const float2* stats = &smem.stats[stage][row + opaque(threadIdx.x) % 32 / 4];
 #pragma unroll
       for (int m = 0; m < ScoreWarps::kM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          stats[m][half] = smem.stats[stage][row + 16 * m + 8 * half + threadIdx.x % 32 / 4];
+          const float lse_log2 = stats[16 * m + 8 * half].x;
 #pragma unroll
           for (int n = 0; n < ScoreWarps::kN; ++n) {
 #pragma unroll
             for (int e = 2 * half; e < 2 * half + 2; ++e) {
-              rP[m][n][e] = ptx::exp2_approx(rP[m][n][e] * factor - stats[m][half].x);
+              rP[m][n][e] = ptx::exp2_approx(rP[m][n][e] * factor - lse_log2);
             }
           }
         }
-      }
-      // From here on a dropped element carries a minus sign.
-      if constexpr (kHasDropout) {
-        const Dropout dropout(p.dropout, p.num_sequences, place.batch, s, step.head);
-        negate_dropped(rP, dropout, step.row + row, s.first_row + col);
-      }
-      store_accumulator<Element, ScoreWarps>(smem.p[buffer], [&](int m, int n, int e) {
-        return kHasDropout && rP[m][n][e] < 0.0f ? 0.0f : rP[m][n][e];
-      });
-
-      // P waits for dP: in f32, or as the 16-bit pairs where registers are short.
-      constexpr bool kPacksP = ScoreWarps::kSize > 32;
-      uint32_t packed[ScoreWarps::kM][ScoreWarps::kN][2];
-      if constexpr (kPacksP) {
-#pragma unroll
-        for (int i = 0; i < ScoreWarps::kSize; i += 2) {
-          (&packed[0][0][0])[i / 2] = device::pack<Element>((&rP[0][0][0])[i], (&rP[0][0][0])[i + 1]);
+        if constexpr (kHasDropout) {
+          const Dropout dropout(p.dropout, p.num_sequences, place.batch, s, step.head);
+          negate_dropped(rP[m], dropout, step.row + row + 16 * m, s.first_row + col);
         }
+        store_fragments<ScoreWarps>(smem.p[buffer], m, [&](int n, int half) {
+          const uint32_t pair = device::pack<Element>(rP[m][n][2 * half], rP[m][n][2 * half + 1]);
+          if constexpr (kPacksP) packed[m][n][half] = pair;
+          return kHasDropout ? positive_part<Element>(pair) : pair;
+        });
       }
       const auto probability = [&](int m, int n, int e) {
         if constexpr (kPacksP) {
@@ -281,17 +294,26 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 
       // dS = P * (dO V^T - delta)
       typename ScoreWarps::Accumulator rDP = {};
-      multiply_add<Element, kHeadDim>(rDP, Operand<QueryTile, false>(smem.dout[stage], lanes.rows_first, row),
-                                      Operand<KeyTile, false>(smem.v, lanes.cols_first, col));
-      store_accumulator<Element, ScoreWarps>(smem.ds[buffer], [&](int m, int n, int e) {
-        const float x = probability(m, n, e), delta = stats[m][e / 2].y;
-        if constexpr (kHasDropout) return fabsf(x) * ((x < 0.0f ? 0.0f : rDP[m][n][e]) - delta);
-        return x * (rDP[m][n][e] - delta);
-      });
+      multiply_add<Element, kHeadDim>(
+          rDP, Operand<QueryTile, false>(smem.dout[stage], lanes.rows_first, row),
+          Operand<KeyTile, false>(smem.v, lanes.cols_first, col));
+#pragma unroll
+      for (int m = 0; m < ScoreWarps::kM; ++m) {
+        store_fragments<ScoreWarps>(smem.ds[buffer], m, [&](int n, int half) {
+          const float delta = stats[16 * m + 8 * half].y;
+          const auto gradient = [&](int e) {
+            const float x = probability(m, n, e);
+            if constexpr (kHasDropout) return fabsf(x) * ((x < 0.0f ? 0.0f : rDP[m][n][e]) - delta);
+            return x * (rDP[m][n][e] - delta);
+          };
+          return device::pack<Element>(gradient(2 * half), gradient(2 * half + 1));
+        });
+      }
     };
 
     typename KeyWarps::Accumulator rDK = {}, rDV = {};
     auto accumulate = [&](const BackwardStep& step, int stage, int buffer) {
+      const LaneOffsets lanes;
       const int key = KeyWarps::row(), dim = KeyWarps::col();
       // dV += P^T dO
       multiply_add<Element, kBlockM>(rDV, Operand<ScoreTile, true>(smem.p[buffer], lanes.cols_first, key),
@@ -300,7 +322,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
       typename QueryWarps::Accumulator rDQ = {};
       multiply_add<Element, kBlockN>(rDQ, Operand<ScoreTile, false>(smem.ds[buffer], lanes.rows_first, QueryWarps::row()),
                                      Operand<KeyTile, true>(smem.k, lanes.rows_first, QueryWarps::col()));
-      float* dq = dq_sum + place.query_tile(a, step, kBlockM) * (kBlockM * kHeadDim) + threadIdx.x;
+      float* dq = place.dq_sum + query_tile(step) * (kBlockM * kHeadDim) + opaque(threadIdx.x);
 #pragma unroll
       for (int i = 0; i < QueryWarps::kSize; ++i) {
         atomicAdd(dq + i * kThreads, (&rDQ[0][0][0])[i]);
@@ -313,67 +335,69 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     // K and V arrive together with the first step.
     if (smem.steps[0].exists()) {
       const int row = s.key_start + s.first_row, rows = s.key_length - s.first_row;
-      load_rows<kThreads>(smem.k, element_pointer<Element>(p.k, place.batch, row, kv_head),
+      load_rows<kThreads>(smem.k, element_pointer<Element>(p.k, place.batch, row, place.kv_head),
                           p.k.row_stride, rows, static_cast<int>(p.head_dim));
-      load_rows<kThreads>(smem.v, element_pointer<Element>(p.v, place.batch, row, kv_head),
+      load_rows<kThreads>(smem.v, element_pointer<Element>(p.v, place.batch, row, place.kv_head),
                           p.v.row_stride, rows, static_cast<int>(p.value_dim));
       load(smem.steps[0], 0);
     }
     ptx::cp_async_commit();
     if constexpr (Traits::kIsStaggered) {
-      // While half of the warps recompute the next step, the other half accumulate this one. In the
-      // first round there is no step to accumulate yet.
-      const bool recomputes_first = threadIdx.x < kThreads / 2;
-      for (int i = -1, stage = 2; i < 0 || smem.steps[i % 4].exists(); ++i) {
-        const int next_stage = stage == 2 ? 0 : stage + 1;
-        ptx::cp_async_wait<0>();
-        // This step's P and dS are written and the next step's operands have arrived. The previous
-        // step is finished: its place in every ring is free.
-        __syncthreads();
-        const BackwardStep& after = smem.steps[(i + 2) % 4];
-        if (after.exists()) load(after, next_stage == 2 ? 0 : next_stage + 1);
-        ptx::cp_async_commit();
-        if (i >= 0 && threadIdx.x < 32) {
-          smem.steps[(i + 3) % 4] = next_step<kBlockM, kBlockN>(p, place);
-        }
-#pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-          if ((half == 0) == recomputes_first) {
-            const BackwardStep& next = smem.steps[(i + 1) % 4];
-            if (next.exists()) recompute(next, next_stage, (i + 1) % 2);
-          } else if (i >= 0) {
-            accumulate(smem.steps[i % 4], stage, i % 2);
+      // Two turns a step: half of the warps recompute step i + 1 and then accumulate step i, the other
+      // half the other way round. In the first round there is no step to accumulate yet.
+      #pragma unroll 1
+      for (int turn = -2; turn < 0 || smem.steps[turn / 2 % 4].exists(); ++turn) {
+        const int i = turn >> 1;
+        if (turn % 2 == 0) {
+          ptx::cp_async_wait<0>();
+          // This step's P and dS are written and the next step's operands have arrived. The previous
+          // step is finished: its place in every ring is free.
+          __syncthreads();
+          const BackwardStep& after = smem.steps[(i + 2) % 4];
+          if (after.exists()) load(after, (i + 2) % 3);
+          ptx::cp_async_commit();
+          if (i >= 0 && threadIdx.x < 32) {
+            next_step<kBlockM, kBlockN>(p, place, smem.steps[(i + 3) % 4]);
           }
         }
-        stage = next_stage;
+        if ((turn % 2 == 0) == (opaque(threadIdx.x) < kThreads / 2)) {
+          const BackwardStep& next = smem.steps[(i + 1) % 4];
+          if (next.exists()) recompute(next, (i + 1) % 3, (i + 1) % 2);
+        } else if (i >= 0) {
+          accumulate(smem.steps[i % 4], i % 3, i % 2);
+        }
       }
     } else {
-      for (int i = 0, stage = 0; smem.steps[i % 4].exists(); ++i) {
-        const int next_stage = (stage + 1) % Traits::kStages;
-        const BackwardStep &step = smem.steps[i % 4], &next = smem.steps[(i + 1) % 4];
+#pragma unroll 1
+      for (int turn = 0; smem.steps[turn % 4].exists(); ++turn) {
         ptx::cp_async_wait<0>();
         // The step's operands have arrived. The previous step has left P, dS and its stage.
         __syncthreads();
-        if (Traits::kStages > 1 && next.exists()) load(next, next_stage);
+        int i = opaque(turn);
+        if (Traits::kStages > 1 && smem.steps[(i + 1) % 4].exists()) {
+          load(smem.steps[(i + 1) % 4], (i + 1) % Traits::kStages);
+        }
         ptx::cp_async_commit();
-        if (threadIdx.x < 32) smem.steps[(i + 3) % 4] = next_step<kBlockM, kBlockN>(p, place);
-        recompute(step, stage, 0);
+        if (threadIdx.x < 32) next_step<kBlockM, kBlockN>(p, place, smem.steps[(i + 3) % 4]);
+        i = opaque(turn);
+        recompute(smem.steps[i % 4], i % Traits::kStages, 0);
         __syncthreads();  // P and dS are written.
-        accumulate(step, stage, 0);
+        i = opaque(turn);
+        accumulate(smem.steps[i % 4], i % Traits::kStages, 0);
         if constexpr (Traits::kStages == 1) {
           __syncthreads();  // Everyone has read Q and dO.
-          if (next.exists()) load(next, 0);
+          i = opaque(turn);
+          if (smem.steps[(i + 1) % 4].exists()) load(smem.steps[(i + 1) % 4], 0);
           ptx::cp_async_commit();
         }
-        stage = next_stage;
       }
     }
 
     // dK and dV leave: whole, or as one of several sums.
-    if (plan.key_splits > 1) {
-      float* sum = plan.dkv_sum + 2 * split * plan.dkv_elements +
-                   ((batch_index * p.kv_heads + kv_head) * plan.key_slots + slot) *
-                       (kBlockN * kHeadDim) + threadIdx.x;
+    if (s.slot_is_empty(Axis::kKey)) {
+      // A slot without rows.
+    } else if (plan.key_splits > 1) {
+      float* sum = place.dkv_sum + opaque(threadIdx.x);
 #pragma unroll
       for (int i = 0; i < KeyWarps::kSize; ++i) {
         sum[i * kThreads] = (&rDK[0][0][0])[i];
@@ -383,16 +407,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
       const float dropout = dropout_scale(p.dropout);
       const int first_row = s.key_start + s.first_row, rows = s.key_rows - s.first_row;
       __syncthreads();  // Everyone has read K and V.
-      store_accumulator<Element, KeyWarps>(
-          smem.k, [&](int m, int n, int e) { return rDK[m][n][e] * (p.scale * dropout); });
-      store_accumulator<Element, KeyWarps>(
-          smem.v, [&](int m, int n, int e) { return rDV[m][n][e] * dropout; });
+      store_accumulator<Element, KeyWarps>(smem.k, rDK, p.scale * dropout);
+      store_accumulator<Element, KeyWarps>(smem.v, rDV, dropout);
       __syncthreads();  // dK and dV are written before other threads copy them.
-      copy_rows<kThreads>(element_pointer<Element>(p.dk, place.batch, first_row, kv_head), p.dk.row_stride,
+      copy_rows<kThreads>(element_pointer<Element>(p.dk, place.batch, first_row, place.kv_head), p.dk.row_stride,
                           smem.k, rows, static_cast<int>(p.head_dim));
-      copy_rows<kThreads>(element_pointer<Element>(p.dv, place.batch, first_row, kv_head), p.dv.row_stride,
+      copy_rows<kThreads>(element_pointer<Element>(p.dv, place.batch, first_row, place.kv_head), p.dv.row_stride,
                           smem.v, rows, static_cast<int>(p.value_dim));
     }
+    slot = place.slot + static_cast<int>(plan.key_stride);
     __syncthreads();  // Shared memory is free for the next key tile.
   }
 }

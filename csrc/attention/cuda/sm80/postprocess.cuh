@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < Warps::kSize; ++i) (&rD[0][0][0])[i] += sum[i * kThreads];
   }
-  store_accumulator<Element, Warps>(
-      tile, [&](int m, int n, int e) { return rD[m][n][e] * a.scale; });
+  store_accumulator<Element, Warps>(tile, rD, a.scale);
   __syncthreads();  // The tile is written before other threads copy it.
   const int first_row = (kAxis == Axis::kQuery ? s.query_start : s.key_start) + s.first_row;
   const int rows = (kAxis == Axis::kQuery ? s.query_rows : s.key_rows) - s.first_row;

@@ -33,7 +33,7 @@ struct LaneOffsets {
 
   __device__ LaneOffsets() {
     using Any = device::SharedTile<16, 64>;
-    const int lane = threadIdx.x % 32, inner = lane / 8 % 2 * 8, outer = lane / 16 * 8;
+    const int lane = opaque(threadIdx.x) % 32, inner = lane / 8 % 2 * 8, outer = lane / 16 * 8;
     rows_first = Any::offset(lane % 8 + inner, outer);
     cols_first = Any::offset(lane % 8 + outer, inner);
   }
