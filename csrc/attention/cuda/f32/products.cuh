@@ -68,7 +68,7 @@ __device__ __forceinline__ void scores(float (&rS)[4][4], ProductSmem<kHeadDim>&
       }
     }
     __syncthreads();  // The chunk is written.
-#pragma unroll 8
+#pragma unroll(kHeadDim > 128 ? 2 : 8)
     for (int d = 0; d < kDepth; ++d) {
       multiply_add(rS, *reinterpret_cast<const float4*>(&smem.scores.own[d][own_row()]),
                    *reinterpret_cast<const float4*>(&smem.scores.other[d][other_row()]));
@@ -95,7 +95,7 @@ __device__ __forceinline__ void accumulate(Accumulator<kHeadDim>& rO, ProductSme
       *reinterpret_cast<float4*>(&smem.other[row][col]) = other.at(first + row, col);
     }
     __syncthreads();  // The chunk is written.
-#pragma unroll 4
+#pragma unroll(kHeadDim > 128 ? 1 : 4)
     for (int o = 0; o < kChunkRows; ++o) {
       const float4 weight = *reinterpret_cast<const float4*>(&weights[first + o][own_row()]);
 #pragma unroll

@@ -217,54 +217,63 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     __syncthreads();  // The place and the first steps are written.
     const Sequence& s = place.sequence;
 
+    // Where step i lies in the rings. NOTE: opaque, since the addresses that follow from it are worth
+    // no registers between their uses.
+    const auto step_of = [&](int i) -> const BackwardStep& { return smem.steps[opaque(i) % 4]; };
+    const auto stage_of = [&](int i) { return opaque(i) % Traits::kStages; };
+    const auto scores_of = [&](int i) { return opaque(i) % Traits::kScoreStages; };
+
     // The tile of a step in [batches, heads, query_slots].
     const auto query_tile = [&](const BackwardStep& step) {
       return place.query_tile + step.head * plan.query_slots + step.row / kBlockM;
     };
 
-    // Starts the copies of a step's operands.
-    auto load = [&](const BackwardStep& step, int stage) {
+    // Starts the copies of step i's operands.
+    const auto load = [&](int i) {
+      const BackwardStep& step = step_of(i);
       const int row = s.query_start + step.row, rows = s.query_length - step.row;
-      load_rows<kThreads>(smem.q[stage], element_pointer<Element>(p.q, place.batch, row, step.head),
+      load_rows<kThreads>(smem.q[stage_of(i)],
+                          element_pointer<Element>(p.q, place.batch, row, step.head),
                           p.q.row_stride, rows, static_cast<int>(p.head_dim));
-      load_rows<kThreads>(smem.dout[stage],
+      load_rows<kThreads>(smem.dout[stage_of(i)],
                           element_pointer<Element>(p.dout, place.batch, row, step.head),
                           p.dout.row_stride, rows, static_cast<int>(p.value_dim));
       if (const int thread = opaque(threadIdx.x); thread < kBlockM / 2) {
         const float2* stats = plan.stats + query_tile(step) * kBlockM;
-        ptx::cp_async_16(ptx::shared_address(&smem.stats[stage][2 * thread]),
+        ptx::cp_async_16(ptx::shared_address(&smem.stats[stage_of(i)][2 * thread]),
                          stats + 2 * thread, 16);
       }
     };
 
-    // P and dS of a step into shared memory, from Q, K, V, dO and the rows' lse and delta.
-    auto recompute = [&](const BackwardStep& step, int stage, int buffer) {
-      const LaneOffsets lanes;
-      const int row = ScoreWarps::row(), col = ScoreWarps::col();
+    // P and dS of step i into shared memory, from Q, K, V, dO and the rows' lse and delta.
+    auto recompute = [&](int i) {
       // S = Q K^T
       typename ScoreWarps::Accumulator rP = {};
-      multiply_add<Element, kHeadDim>(rP, Operand<QueryTile, false>(smem.q[stage], lanes.rows_first, row),
-                                      Operand<KeyTile, false>(smem.k, lanes.cols_first, col));
+      multiply_add<Element, kHeadDim>(
+          rP, Operand<QueryTile, false>(smem.q[stage_of(i)], rows_first(), ScoreWarps::row()),
+          Operand<KeyTile, false>(smem.k, cols_first(), ScoreWarps::col()));
 
-      const float scale_log2 = p.scale * 1.4426950408889634f;
       // P = exp(scale S - lse). A partial tile is scaled before it is masked: -inf * scale would be
       // wrong for a scale that is not positive.
-      const float factor = step.is_full ? scale_log2 : 1.0f;
-      if (!step.is_full) {
+      float factor = p.scale * 1.4426950408889634f;
+      if (const BackwardStep& step = step_of(i); !step.is_full) {
 #pragma unroll
-        for (int i = 0; i < ScoreWarps::kSize; ++i) (&rP[0][0][0])[i] *= scale_log2;
-        mask_scores(rP, s, BlockMask(p.mask, place.batch, step.head), step.row + row, s.first_row + col);
+        for (int i = 0; i < ScoreWarps::kSize; ++i) (&rP[0][0][0])[i] *= factor;
+        factor = 1.0f;
+        mask_scores(rP, s, BlockMask(p.mask, place.batch, step.head),
+                    step.row + ScoreWarps::row(), s.first_row + ScoreWarps::col());
       }
-      // P waits for dP: in f32, or as 16-bit pairs where registers are short. A dropped element
-      // carries a minus sign.
-      constexpr bool kPacksP = ScoreWarps::kSize > 32;
-      uint32_t packed[ScoreWarps::kM][ScoreWarps::kN][2];
-      const float2* stats = &smem.stats[stage][row + opaque(threadIdx.x) % 32 / 4];
+      // P waits for dP in registers or, where they are short, in its lane's own places of shared
+      // memory: P's, or with dropout those that dS will take. A dropped element carries a minus sign.
+      constexpr bool kParksP = ScoreWarps::kSize > 32;
+      const auto stats = [&](int m, int half) -> const float2& {
+        return smem.stats[stage_of(i)][ScoreWarps::row() + lane_id() / 4 + 16 * m + 8 * half];
+      };
 #pragma unroll
       for (int m = 0; m < ScoreWarps::kM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float lse_log2 = stats[16 * m + 8 * half].x;
+          const float lse_log2 = stats(m, half).x;
 #pragma unroll
           for (int n = 0; n < ScoreWarps::kN; ++n) {
 #pragma unroll
@@ -274,62 +283,73 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
           }
         }
         if constexpr (kHasDropout) {
+          const BackwardStep& step = step_of(i);
           const Dropout dropout(p.dropout, p.num_sequences, place.batch, s, step.head);
-          negate_dropped(rP[m], dropout, step.row + row + 16 * m, s.first_row + col);
+          negate_dropped(rP[m], dropout, step.row + ScoreWarps::row() + 16 * m,
+                         s.first_row + ScoreWarps::col());
         }
-        store_fragments<ScoreWarps>(smem.p[buffer], m, [&](int n, int half) {
-          const uint32_t pair = device::pack<Element>(rP[m][n][2 * half], rP[m][n][2 * half + 1]);
-          if constexpr (kPacksP) packed[m][n][half] = pair;
-          return kHasDropout ? positive_part<Element>(pair) : pair;
+        for_fragments<ScoreWarps>(smem.p[scores_of(i)], m, [&](int n, int half, uint32_t& pair) {
+          pair = device::pack<Element>(rP[m][n][2 * half], rP[m][n][2 * half + 1]);
+          if constexpr (kHasDropout) pair = positive_part<Element>(pair);
         });
-      }
-      const auto probability = [&](int m, int n, int e) {
-        if constexpr (kPacksP) {
-          const float2 pair = device::unpack<Element>(packed[m][n][e / 2]);
-          return e % 2 == 0 ? pair.x : pair.y;
-        } else {
-          return rP[m][n][e];
+        if constexpr (kParksP && kHasDropout) {
+          for_fragments<ScoreWarps>(smem.ds[scores_of(i)], m, [&](int n, int half, uint32_t& pair) {
+            pair = device::pack<Element>(rP[m][n][2 * half], rP[m][n][2 * half + 1]);
+          });
         }
-      };
+      }
+      if constexpr (kParksP) {
+        __syncwarp();  // Keeps the compiler from holding on to P; the lanes share nothing here.
+      }
 
       // dS = P * (dO V^T - delta)
       typename ScoreWarps::Accumulator rDP = {};
       multiply_add<Element, kHeadDim>(
-          rDP, Operand<QueryTile, false>(smem.dout[stage], lanes.rows_first, row),
-          Operand<KeyTile, false>(smem.v, lanes.cols_first, col));
+          rDP, Operand<QueryTile, false>(smem.dout[stage_of(i)], rows_first(), ScoreWarps::row()),
+          Operand<KeyTile, false>(smem.v, cols_first(), ScoreWarps::col()));
 #pragma unroll
       for (int m = 0; m < ScoreWarps::kM; ++m) {
-        store_fragments<ScoreWarps>(smem.ds[buffer], m, [&](int n, int half) {
-          const float delta = stats[16 * m + 8 * half].y;
-          const auto gradient = [&](int e) {
-            const float x = probability(m, n, e);
-            if constexpr (kHasDropout) return fabsf(x) * ((x < 0.0f ? 0.0f : rDP[m][n][e]) - delta);
-            return x * (rDP[m][n][e] - delta);
-          };
-          return device::pack<Element>(gradient(2 * half), gradient(2 * half + 1));
+        const float delta[2] = {stats(m, 0).y, stats(m, 1).y};
+        const auto gradient = [&](float x, float dp, int half) {
+          if constexpr (kHasDropout) return fabsf(x) * ((x < 0.0f ? 0.0f : dp) - delta[half]);
+          return x * (dp - delta[half]);
+        };
+        if constexpr (kParksP) {
+          auto& parked = kHasDropout ? smem.ds[scores_of(i)] : smem.p[scores_of(i)];
+          for_fragments<ScoreWarps>(parked, m, [&](int n, int half, uint32_t& pair) {
+            const float2 x = device::unpack<Element>(pair);
+            rP[m][n][2 * half] = x.x;
+            rP[m][n][2 * half + 1] = x.y;
+          });
+        }
+        for_fragments<ScoreWarps>(smem.ds[scores_of(i)], m, [&](int n, int half, uint32_t& pair) {
+          const int e = 2 * half;
+          pair = device::pack<Element>(gradient(rP[m][n][e], rDP[m][n][e], half),
+                                       gradient(rP[m][n][e + 1], rDP[m][n][e + 1], half));
         });
       }
     };
 
     typename KeyWarps::Accumulator rDK = {}, rDV = {};
-    auto accumulate = [&](const BackwardStep& step, int stage, int buffer) {
-      const LaneOffsets lanes;
-      const int key = KeyWarps::row(), dim = KeyWarps::col();
+    auto accumulate = [&](int i) {
       // dV += P^T dO
-      multiply_add<Element, kBlockM>(rDV, Operand<ScoreTile, true>(smem.p[buffer], lanes.cols_first, key),
-                                     Operand<QueryTile, true>(smem.dout[stage], lanes.rows_first, dim));
+      multiply_add<Element, kBlockM>(
+          rDV, Operand<ScoreTile, true>(smem.p[scores_of(i)], cols_first(), KeyWarps::row()),
+          Operand<QueryTile, true>(smem.dout[stage_of(i)], rows_first(), KeyWarps::col()));
       // dQ += dS K
       typename QueryWarps::Accumulator rDQ = {};
-      multiply_add<Element, kBlockN>(rDQ, Operand<ScoreTile, false>(smem.ds[buffer], lanes.rows_first, QueryWarps::row()),
-                                     Operand<KeyTile, true>(smem.k, lanes.rows_first, QueryWarps::col()));
-      float* dq = place.dq_sum + query_tile(step) * (kBlockM * kHeadDim) + opaque(threadIdx.x);
+      multiply_add<Element, kBlockN>(
+          rDQ, Operand<ScoreTile, false>(smem.ds[scores_of(i)], rows_first(), QueryWarps::row()),
+          Operand<KeyTile, true>(smem.k, rows_first(), QueryWarps::col()));
+      float* dq = place.dq_sum + query_tile(step_of(i)) * (kBlockM * kHeadDim) + opaque(threadIdx.x);
 #pragma unroll
-      for (int i = 0; i < QueryWarps::kSize; ++i) {
-        atomicAdd(dq + i * kThreads, (&rDQ[0][0][0])[i]);
+      for (int r = 0; r < QueryWarps::kSize; ++r) {
+        ptx::red_add(dq + r * kThreads, (&rDQ[0][0][0])[r]);
       }
       // dK += dS^T Q
-      multiply_add<Element, kBlockM>(rDK, Operand<ScoreTile, true>(smem.ds[buffer], lanes.cols_first, key),
-                                     Operand<QueryTile, true>(smem.q[stage], lanes.rows_first, dim));
+      multiply_add<Element, kBlockM>(
+          rDK, Operand<ScoreTile, true>(smem.ds[scores_of(i)], cols_first(), KeyWarps::row()),
+          Operand<QueryTile, true>(smem.q[stage_of(i)], rows_first(), KeyWarps::col()));
     };
 
     // K and V arrive together with the first step.
@@ -339,55 +359,47 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
                           p.k.row_stride, rows, static_cast<int>(p.head_dim));
       load_rows<kThreads>(smem.v, element_pointer<Element>(p.v, place.batch, row, place.kv_head),
                           p.v.row_stride, rows, static_cast<int>(p.value_dim));
-      load(smem.steps[0], 0);
+      load(0);
     }
     ptx::cp_async_commit();
     if constexpr (Traits::kIsStaggered) {
       // Two turns a step: half of the warps recompute step i + 1 and then accumulate step i, the other
       // half the other way round. In the first round there is no step to accumulate yet.
       #pragma unroll 1
-      for (int turn = -2; turn < 0 || smem.steps[turn / 2 % 4].exists(); ++turn) {
+      for (int turn = -2; turn < 0 || step_of(turn / 2).exists(); ++turn) {
         const int i = turn >> 1;
         if (turn % 2 == 0) {
           ptx::cp_async_wait<0>();
           // This step's P and dS are written and the next step's operands have arrived. The previous
           // step is finished: its place in every ring is free.
           __syncthreads();
-          const BackwardStep& after = smem.steps[(i + 2) % 4];
-          if (after.exists()) load(after, (i + 2) % 3);
+          if (step_of(i + 2).exists()) load(i + 2);
           ptx::cp_async_commit();
           if (i >= 0 && threadIdx.x < 32) {
             next_step<kBlockM, kBlockN>(p, place, smem.steps[(i + 3) % 4]);
           }
         }
         if ((turn % 2 == 0) == (opaque(threadIdx.x) < kThreads / 2)) {
-          const BackwardStep& next = smem.steps[(i + 1) % 4];
-          if (next.exists()) recompute(next, (i + 1) % 3, (i + 1) % 2);
+          if (step_of(i + 1).exists()) recompute(i + 1);
         } else if (i >= 0) {
-          accumulate(smem.steps[i % 4], i % 3, i % 2);
+          accumulate(i);
         }
       }
     } else {
 #pragma unroll 1
-      for (int turn = 0; smem.steps[turn % 4].exists(); ++turn) {
+      for (int i = 0; step_of(i).exists(); ++i) {
         ptx::cp_async_wait<0>();
         // The step's operands have arrived. The previous step has left P, dS and its stage.
         __syncthreads();
-        int i = opaque(turn);
-        if (Traits::kStages > 1 && smem.steps[(i + 1) % 4].exists()) {
-          load(smem.steps[(i + 1) % 4], (i + 1) % Traits::kStages);
-        }
+        if (Traits::kStages > 1 && step_of(i + 1).exists()) load(i + 1);
         ptx::cp_async_commit();
         if (threadIdx.x < 32) next_step<kBlockM, kBlockN>(p, place, smem.steps[(i + 3) % 4]);
-        i = opaque(turn);
-        recompute(smem.steps[i % 4], i % Traits::kStages, 0);
+        recompute(i);
         __syncthreads();  // P and dS are written.
-        i = opaque(turn);
-        accumulate(smem.steps[i % 4], i % Traits::kStages, 0);
+        accumulate(i);
         if constexpr (Traits::kStages == 1) {
           __syncthreads();  // Everyone has read Q and dO.
-          i = opaque(turn);
-          if (smem.steps[(i + 1) % 4].exists()) load(smem.steps[(i + 1) % 4], 0);
+          if (step_of(i + 1).exists()) load(i + 1);
           ptx::cp_async_commit();
         }
       }

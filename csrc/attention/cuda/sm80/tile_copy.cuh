@@ -10,6 +10,8 @@ namespace jax_flash::attention::sm80 {
 
 using device::opaque;
 
+__device__ __forceinline__ int lane_id() { return opaque(threadIdx.x) % 32; }
+
 // Copies `rows` rows of `cols` elements into the tile with cp.async and fills up with zeros. The
 // caller commits and waits. `source` is the first row.
 template <int kThreads, typename Element, typename Tile>
@@ -27,11 +29,11 @@ __device__ __forceinline__ void load_rows(Tile& tile, const Element* source, int
   }
 }
 
-// Writes rows [16 m, 16 m + 16) of this warp's part of a WarpGrid into the tile; pair(n, half) gives
-// the accumulator's elements 2 half and 2 half + 1 as 16 bits each.
-template <class Warps, typename Tile, typename Pair>
-__device__ __forceinline__ void store_fragments(Tile& tile, int m, const Pair& pair) {
-  const int lane = opaque(threadIdx.x) % 32;
+// Calls visit(n, half, pair) for rows [16 m, 16 m + 16) of this warp's part of a WarpGrid, where pair
+// is the tile's place for the accumulator's elements 2 half and 2 half + 1, 16 bits each.
+template <class Warps, typename Tile, typename Visit>
+__device__ __forceinline__ void for_fragments(Tile& tile, int m, const Visit& visit) {
+  const int lane = lane_id();
   char* data = reinterpret_cast<char*>(tile.data);
   const uint32_t origin = Tile::offset(Warps::row() + lane / 4, Warps::col()) + lane % 4 * 4;
 #pragma unroll
@@ -41,7 +43,7 @@ __device__ __forceinline__ void store_fragments(Tile& tile, int m, const Pair& p
         (origin ^ n % 8 * 16) + n / 8 * Tile::kSlabBytes + 16 * m * Tile::kRowBytes;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      *reinterpret_cast<uint32_t*>(data + offset + half * 8 * Tile::kRowBytes) = pair(n, half);
+      visit(n, half, *reinterpret_cast<uint32_t*>(data + offset + half * 8 * Tile::kRowBytes));
     }
   }
 }
@@ -53,8 +55,8 @@ __device__ __forceinline__ void store_accumulator(Tile& tile,
                                                   float scale) {
 #pragma unroll
   for (int m = 0; m < Warps::kM; ++m) {
-    store_fragments<Warps>(tile, m, [&](int n, int half) {
-      return device::pack<Element>(rD[m][n][2 * half] * scale, rD[m][n][2 * half + 1] * scale);
+    for_fragments<Warps>(tile, m, [&](int n, int half, uint32_t& pair) {
+      pair = device::pack<Element>(rD[m][n][2 * half] * scale, rD[m][n][2 * half + 1] * scale);
     });
   }
 }

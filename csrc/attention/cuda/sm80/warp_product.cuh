@@ -26,18 +26,16 @@ struct WarpGrid {
 };
 
 // Where this lane's ldmatrix rows lie within a 16x16 block at (0, 0) of any tile with 64-column
-// slabs: matrices 0..3 are (rows 0-7, 8-15, 0-7, 8-15) x (columns 0-7, 0-7, 8-15, 8-15), or the same
-// with rows and columns exchanged.
-struct LaneOffsets {
-  uint32_t rows_first, cols_first;
-
-  __device__ LaneOffsets() {
-    using Any = device::SharedTile<16, 64>;
-    const int lane = opaque(threadIdx.x) % 32, inner = lane / 8 % 2 * 8, outer = lane / 16 * 8;
-    rows_first = Any::offset(lane % 8 + inner, outer);
-    cols_first = Any::offset(lane % 8 + outer, inner);
-  }
-};
+// slabs: matrices 0..3 are (rows 0-7, 8-15, 0-7, 8-15) x (columns 0-7, 0-7, 8-15, 8-15) ...
+__device__ __forceinline__ uint32_t rows_first() {
+  const int lane = lane_id();
+  return device::SharedTile<16, 64>::offset(lane % 8 + lane / 8 % 2 * 8, lane / 16 * 8);
+}
+// ... or the same with rows and columns exchanged.
+__device__ __forceinline__ uint32_t cols_first() {
+  const int lane = lane_id();
+  return device::SharedTile<16, 64>::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+}
 
 // One operand of a warp's product, in a tile [mn][k] or, kIsTransposed, [k][mn]; `origin` is the
 // warp's first m or n. A 16x16 block comes as the four registers of an mma operand A, or as two
