@@ -33,7 +33,6 @@ $(error CUDA=$(CUDA): expected auto, off or wheels)
 endif
 
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
-PROBE := build/.python-ok
 ifeq ($(NO_VENV),)
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed-$(CUDA)
@@ -54,7 +53,7 @@ BUILD_GROUP = $(call group,['build-system']['requires']) $(call group,['dependen
 LINT_GROUP = $(call group,['dependency-groups']['lint'])
 NVCC_GROUP = $(call group,['dependency-groups']['nvcc'])
 
-.PHONY: help build demo test lint format bench gpu-test readme wheel clean
+.PHONY: help probe build demo test lint format bench gpu-test readme wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -85,8 +84,9 @@ bench: $(READY)
 gpu-test: $(READY)
 	$(PY) -m tests.run_gpu $(ARGS)
 
-readme:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.readme
+readme: $(READY)
+	$(PY) -m benchmarks.readme
+	$(PY) -m benchmarks.plot
 
 wheel: $(VENV)/.tools
 	$(PY) -m pip wheel --no-deps --no-build-isolation -w dist $(PIP_CMAKE) .
@@ -97,15 +97,14 @@ clean:
 
 # ---- environment and build
 
-$(PROBE):
+probe:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	  { echo "jax_flash needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c "import os, sys, sysconfig; \
 	  sys.exit(not os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')))" || \
 	  { echo "Python.h is missing: install Python's headers (Debian, Ubuntu: python3-dev)" >&2; exit 1; }
-	@mkdir -p $(@D) && touch $@
 
-$(VENV)/bin/python: | $(PROBE)
+$(VENV)/bin/python: | probe
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "python3 -m venv failed: install it (Debian, Ubuntu: python3-venv) or use NO_VENV=1" >&2; \
 	  exit 1; }
@@ -130,7 +129,7 @@ $(VENV)/.installed-$(CUDA): $(VENV)/.tools $(if $(filter wheels,$(CUDA)),$(VENV)
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-build/inplace/.installed-$(CUDA): $(SOURCES) | $(PROBE)
+build/inplace/.installed-$(CUDA): $(SOURCES) | probe
 	$(CMAKE) -S . -B build/inplace -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')" \
 	  $(CMAKE_OPTIONS)
 	$(CMAKE) --build build/inplace -j $(JOBS)

@@ -157,7 +157,11 @@ class Op:
                 batch = (f"b{i}" if size == full[i] else None for i, size in enumerate(lead))
                 axes = (*batch, *axes[1:])
             named.append(axes or (None,) * len(array.shape))
-        sizes = {name: n for axes, a in zip(named, arrays) for name, n in zip(axes, a.shape)}
+        sizes = {
+            name: n
+            for axes, a in zip(named, arrays, strict=True)
+            for name, n in zip(axes, a.shape, strict=True)
+        }
         return signature, named[: len(avals)], named[len(avals) :], sizes
 
     def _specs(self, config, avals, given, mesh):
@@ -166,7 +170,7 @@ class Op:
         chosen: dict[str, Any] = {}
         used: set[str] = set()
         for axes, spec in zip(operand_axes, given, strict=True):
-            for name, entry in zip(axes, tuple(spec or ())):
+            for name, entry in zip(axes, tuple(spec or ()), strict=False):  # a spec may be short
                 name = signature.aliases.get(name, name)
                 if name is None or name in chosen or not isinstance(entry, (str, tuple)):
                     continue

@@ -1,0 +1,224 @@
+"""Time workloads on this machine's JAX device and append the rows to benchmarks/results/.
+
+    python -m benchmarks.run                                     # cpu/* or grid/*
+    python -m benchmarks.run --workloads 'grid/h128/*' --providers jax_flash,jax_nn_cudnn
+    python -m benchmarks.run --list
+
+All providers of a workload are timed in one process and interleaved: every round visits each
+(provider, direction) once, in random order, for a burst of back-to-back launches between two
+synchronisations. A row is the median over the rounds. Compare rows of one run only: clocks and
+power differ between runs by several percent. Rows reach the disk as soon as they exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import csv
+import dataclasses
+import datetime
+import os
+import random
+import statistics
+import sys
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory as well
+
+import jax
+import numpy as np
+
+from benchmarks import evidence, providers, workloads
+
+COLUMNS = (
+    "run,device,date,commit,source,workload,provider,version,direction,ms,tflops,spread,host_bound"
+)
+COLUMNS = COLUMNS.split(",")
+
+
+@dataclasses.dataclass
+class Timed:
+    """One (provider, direction) of a workload, and the seconds a launch took in each round."""
+
+    provider: str
+    direction: str
+    call: object
+    launches: int = 1
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    host_bound: int = 0
+
+    def burst(self) -> None:
+        start = time.perf_counter()
+        for _ in range(self.launches):
+            result = self.call()
+        enqueued = time.perf_counter()
+        providers.synchronise(self.provider, result)
+        end = time.perf_counter()
+        self.seconds.append((end - start) / self.launches)
+        self.host_bound += (enqueued - start) > 0.85 * (end - start)
+
+    def warm_up(self, target: float) -> None:
+        """Two bursts, the second of which says how many launches fill `target` seconds."""
+        self.burst()
+        self.launches = 2
+        self.burst()
+        self.launches = max(1, min(500, round(target / max(self.seconds[-1], 1e-7))))
+        self.seconds.clear()
+        self.host_bound = 0
+
+
+def build(workload, names, directions, report) -> list[Timed]:
+    """Compile every call of a workload, a few at a time; what cannot be built is reported."""
+    data = providers.arrays(workload)
+    jobs = []
+    for name in names:
+        try:
+            makers = providers.prepare(name, workload, data)
+        except providers.Unsupported as reason:
+            report(f"  {name}: not measured: {reason}")
+            continue
+        jobs += [(name, direction, makers[direction]) for direction in directions]
+    built = []
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        futures = [(name, direction, pool.submit(make)) for name, direction, make in jobs]
+        for name, direction, future in futures:
+            try:
+                built.append(Timed(name, direction, future.result()))
+            except Exception as error:  # a rival that cannot do this must not end the run
+                if name.startswith("jax_flash"):
+                    raise
+                report(f"  {name} {direction}: failed: {str(error).strip().splitlines()[0][:150]}")
+    return built
+
+
+def check_outputs(workload, timed, report) -> bool:
+    """All forward outputs must agree: a wrong kernel has no time. Dropout bits differ by design."""
+    if workload.dropout_rate:
+        return True
+    outputs = {}
+    for entry in timed:
+        if entry.direction == "forward":
+            out = entry.call()
+            out = out.float().cpu().numpy() if hasattr(out, "cpu") else np.asarray(out, np.float32)
+            outputs[entry.provider] = out
+    if len(outputs) < 2:
+        return True
+    names = list(outputs)
+    base = outputs[names[0]]
+    bound = 1e-5 if workload.dtype == "float32" else 2e-2
+    agree = True
+    for name in names[1:]:
+        error = np.linalg.norm(outputs[name] - base) / np.linalg.norm(base)
+        if not error < bound:
+            report(f"  MISMATCH: {name} and {names[0]} differ by {error:.2e} (bound {bound:g})")
+            agree = False
+    return agree
+
+
+def measure(workload, names, directions, args, report) -> list[Timed]:
+    timed = build(workload, names, directions, report)
+    if not check_outputs(workload, timed, report):
+        return []
+    for entry in timed:
+        entry.warm_up(args.target)
+    for _ in range(args.rounds):
+        for entry in random.sample(timed, len(timed)):
+            entry.burst()
+    return timed
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workloads", help="comma-separated shell patterns (default: by device)")
+    parser.add_argument("--providers", default=",".join(providers.PROVIDERS))
+    parser.add_argument("--directions", default="", help=f"of {', '.join(providers.DIRECTIONS)}")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--target", type=float, default=0.0, help="seconds of one burst")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds for the whole run")
+    parser.add_argument("--out", default="", help="CSV to append to (default: by device)")
+    parser.add_argument("--list", action="store_true", help="print the workloads and stop")
+    args = parser.parse_args(argv)
+    unknown = set(args.providers.split(",")) - set(providers.PROVIDERS)
+    unknown |= set(filter(None, args.directions.split(","))) - set(providers.DIRECTIONS)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    return args
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    if args.list:
+        for workload in workloads.WORKLOADS.values():
+            print(f"{workload.name:32s} {workload.flops('forward') / 1e12:8.3f} TFLOP forward")
+        return 0
+    begin = time.monotonic()
+    on_gpu = jax.default_backend() == "gpu"
+    args.target = args.target or (0.03 if on_gpu else 0.5)
+    chosen = workloads.select(args.workloads or ("grid/*" if on_gpu else "cpu/*"))
+    directions = args.directions or ("forward,backward" if on_gpu else "forward,forward_backward")
+    directions = directions.split(",")
+    names = args.providers.split(",")
+    if not args.workloads and not on_gpu and "jax_flash_xla" in names:
+        names.remove("jax_flash_xla")
+
+    device = evidence.device_name()
+    path = args.out or evidence.device_folder(device) / "attention.csv"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    now = datetime.datetime.now(datetime.UTC)
+    shared = dict(
+        run=now.strftime("%Y%m%dT%H%M%S"),
+        device=device,
+        date=now.strftime("%Y-%m-%d"),
+        commit=evidence.commit(),
+        source=evidence.source_hash()[:12],
+    )
+    print(f"{device}, {len(chosen)} workloads -> {path}", flush=True)
+    wrong = []
+    with open(path, "a", newline="") as file:
+        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if file.tell() == 0:
+            rows.writeheader()
+        for index, workload in enumerate(chosen):
+            if time.monotonic() - begin > args.budget:
+                left = ", ".join(w.name for w in chosen[index:])
+                print(f"out of time, not measured: {left}", flush=True)
+                break
+            print(workload.name, flush=True)
+            timed = measure(workload, names, directions, args, lambda text: print(text, flush=True))
+            if not timed:
+                wrong.append(workload.name)
+            for entry in timed:
+                seconds = statistics.median(entry.seconds)
+                tflops = workload.flops(entry.direction) / seconds / 1e12
+                spread = (max(entry.seconds) - min(entry.seconds)) / seconds
+                host_bound = int(on_gpu and seconds < 4e-4 and entry.host_bound > args.rounds // 2)
+                rows.writerow(
+                    shared
+                    | dict(
+                        workload=workload.name,
+                        provider=entry.provider,
+                        version=providers.version(entry.provider),
+                        direction=entry.direction,
+                        ms=f"{seconds * 1e3:.4f}",
+                        tflops=f"{tflops:.3f}" if tflops < 10 else f"{tflops:.1f}",
+                        spread=f"{spread:.3f}",
+                        host_bound=host_bound,
+                    )
+                )
+                print(
+                    f"  {entry.provider:14s} {entry.direction:16s} {seconds * 1e3:10.3f} ms "
+                    f"{tflops:8.2f} TFLOP/s{'  host-bound' if host_bound else ''}",
+                    flush=True,
+                )
+            file.flush()
+            del timed
+            jax.clear_caches()
+    if wrong:
+        print(f"nothing measured or outputs differ: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""What the Linen and the NNX layers share, in plain JAX: this file imports no Flax.
+
+    layer (linen.py, nnx.py): parameters, random streams, Flax's train/eval switch
+      -> here: Flax's arguments become jax_flash's, and what cannot be honoured is refused
+        -> attention.py
+
+The one idea: a layer collects the keyword arguments of its call once (`call_options`), and the same
+dictionary serves the padded, the packed and the variable-length form.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jax_flash._attention import refuse
+from jax_flash.attention import attention, attention_kvpacked, attention_qkvpacked
+from jax_flash.varlen import varlen_attention_kvpacked, varlen_attention_qkvpacked
+
+BlockLayout = Callable[[int, int], ArrayLike]
+
+
+def check_rate(dropout_rate: float) -> None:
+    """Raises ValueError unless 0 <= dropout_rate < 1; a layer asks even when it does not drop."""
+    if not 0.0 <= dropout_rate < 1.0:
+        refuse("dropout_rate", "a rate in [0, 1)", dropout_rate)
+
+
+def check_precision(precision: Any) -> None:
+    """Raises ValueError for what is no `jax.lax.Precision`, its name, or a pair of either.
+
+    Those ask for "at least this exact", which the kernels always are: products accumulate in
+    float32, and float32 inputs are multiplied as such. A dot algorithm asks for one exact recipe.
+    """
+    for part in precision if isinstance(precision, tuple) else (precision,):
+        try:
+            part is None or jax.lax.Precision(part)
+        except ValueError:
+            refuse("precision", "None, a jax.lax.Precision or its name", repr(precision))
+
+
+def check_heads(num_heads: int, num_kv_heads: int | None, qkv_features: int) -> tuple[int, int]:
+    """Returns (num_kv_heads, head_dim) of a layer, or raises ValueError naming the odd one."""
+    if num_heads < 1:
+        refuse("num_heads", "a positive number", num_heads)
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+        refuse("num_kv_heads", f"a divisor of num_heads = {num_heads}", num_kv_heads)
+    if qkv_features % num_heads != 0:
+        refuse("qkv_features", f"a multiple of num_heads = {num_heads}", qkv_features)
+    return num_kv_heads, qkv_features // num_heads
+
+
+def check_inputs(
+    inputs_q: jax.Array, inputs_k: jax.Array | None, inputs_v: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Fills in the inputs a caller left out, as Flax does: k is q's, v is k's."""
+    if inputs_k is None:
+        if inputs_v is not None:
+            refuse(
+                "inputs_k", "an array when inputs_v is given (for V = K leave out inputs_v)", None
+            )
+        inputs_k = inputs_q
+    if inputs_v is None:
+        inputs_v = inputs_k
+    for name, array in (("inputs_q", inputs_q), ("inputs_k", inputs_k), ("inputs_v", inputs_v)):
+        if array.ndim < 2 or array.shape[:-2] != inputs_q.shape[:-2]:
+            leading = inputs_q.shape[:-2]
+            refuse(name, f"[*B, length, features] with *B = {leading}", f"shape {array.shape}")
+    if inputs_k.shape[-2] != inputs_v.shape[-2]:
+        refuse("inputs_v", f"inputs_k's length {inputs_k.shape[-2]}", f"shape {inputs_v.shape}")
+    return inputs_q, inputs_k, inputs_v
+
+
+def call_options(
+    layer: Any, *, is_causal: bool | None, dropping: bool, dropout_key: jax.Array | None
+) -> dict[str, Any]:
+    """The keyword arguments that every form of attention takes, from a layer's attributes.
+
+    Args:
+      layer: a Linen or NNX layer with the attributes read below.
+      is_causal: the call's own choice; None takes the layer's.
+      dropping: whether this call applies dropout.
+      dropout_key: JAX key; read only where `dropping`.
+    """
+    return dict(
+        scale=layer.scale,
+        is_causal=layer.is_causal if is_causal is None else is_causal,
+        causal_offset=layer.causal_offset,
+        local_window_size=layer.local_window_size,
+        dropout_rate=layer.dropout_rate if dropping else 0.0,
+        dropout_key=dropout_key if dropping else None,
+        deterministic=layer.deterministic_backward,
+        implementation=layer.implementation,
+    )
+
+
+def self_attention(
+    qkv: jax.Array, cu_seqlens: jax.Array | None, seq_lengths: jax.Array | None, options: dict
+) -> jax.Array:
+    """FlashSelfAttention's call: qkv [*B, T, 3, N, H], or with cu_seqlens [*B, total, 3, N, H]."""
+    if cu_seqlens is None:
+        return attention_qkvpacked(
+            qkv, query_seq_lengths=seq_lengths, key_value_seq_lengths=seq_lengths, **options
+        )
+    if seq_lengths is not None:
+        refuse("seq_lengths", "None with cu_seqlens, which has the lengths already", "an array")
+    return varlen_attention_qkvpacked(qkv, cu_seqlens, **options)
+
+
+def cross_attention(
+    query: jax.Array,
+    key_value: jax.Array,
+    cu_seqlens: tuple[jax.Array | None, jax.Array | None],
+    seq_lengths: tuple[jax.Array | None, jax.Array | None],
+    options: dict,
+) -> jax.Array:
+    """FlashCrossAttention's call; the pairs are (of the queries, of the keys)."""
+    if cu_seqlens[0] is None and cu_seqlens[1] is None:
+        return attention_kvpacked(
+            query,
+            key_value,
+            query_seq_lengths=seq_lengths[0],
+            key_value_seq_lengths=seq_lengths[1],
+            **options,
+        )
+    if cu_seqlens[0] is None:
+        refuse("cu_seqlens_q", "an array when cu_seqlens_k is given", None)
+    for name, lengths in zip(
+        ("query_seq_lengths", "key_value_seq_lengths"), seq_lengths, strict=True
+    ):
+        if lengths is not None:
+            refuse(name, "None with cu_seqlens_q, which has the lengths already", "an array")
+    return varlen_attention_kvpacked(query, key_value, *cu_seqlens, **options)
+
+
+def blocksparse_self_attention(
+    qkv: jax.Array,
+    block_mask: ArrayLike | None,
+    layout: BlockLayout | None,
+    block_size: tuple[int, int],
+    seq_lengths: jax.Array | None,
+    options: dict,
+) -> jax.Array:
+    """FlashBlocksparseAttention's call; `block_mask` wins over `layout(T, T)`."""
+    if block_mask is None:
+        if layout is None:
+            refuse("block_mask", "an array at the call, or a layout in the constructor", "neither")
+        if qkv.ndim < 4:
+            refuse("qkv", "shape [*B, T, 3, N, H]", f"shape {qkv.shape}")
+        block_mask = layout(qkv.shape[-4], qkv.shape[-4])
+    return attention_qkvpacked(
+        qkv,
+        query_seq_lengths=seq_lengths,
+        key_value_seq_lengths=seq_lengths,
+        block_mask=block_mask,
+        block_size=block_size,
+        **options,
+    )
+
+
+def flax_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    *,
+    broadcast_dropout: bool,
+    dropout_rng: jax.Array | None,
+    dropout_rate: float,
+    deterministic: bool,
+    precision: Any,
+    refused: dict[str, Any],
+    **options,
+) -> jax.Array:
+    """The body of both `attention_fn`: Flax's meaning of the arguments, or a ValueError.
+
+    Args:
+      query, key, value: [*B, T, N, H], [*B, S, K, H], [*B, S, K, Hv], of one dtype.
+      bias, mask: broadcastable to [*B, N, T, S]; Flax's mask may be a 0/1 array of any dtype.
+      refused: argument name -> value, for what no fused kernel can do; all must be None.
+      options: handed to `attention`.
+    """
+    reasons = {
+        "module": "None: attention weights cannot be sown (sow_weights=True), no kernel holds them",
+        "input_positions": "None: rotary embedding is no part of attention_fn",
+    }
+    for name, given in refused.items():
+        if given is not None:
+            refuse(name, reasons.get(name, "None: the kernels do their own products"), repr(given))
+    check_precision(precision)
+    check_rate(dropout_rate)
+    dropping = dropout_rate > 0.0 and not deterministic
+    if dropping and broadcast_dropout:
+        expected = "False: the kernels draw each batch entry's and head's dropout on its own"
+        refuse("broadcast_dropout", expected, True)
+    if dropping and dropout_rng is None:
+        refuse("dropout_rng", f"a JAX key with dropout_rate={dropout_rate}", None)
+    return attention(
+        query,
+        key,
+        value,
+        bias,
+        as_bool(mask),
+        dropout_rate=dropout_rate if dropping else 0.0,
+        dropout_key=dropout_rng if dropping else None,
+        **options,
+    )
+
+
+def as_bool(mask: ArrayLike | None) -> jax.Array | None:
+    """Flax's mask helpers return 0.0 and 1.0 by default; attention takes bool."""
+    return None if mask is None else jnp.asarray(mask).astype(bool)

@@ -1,0 +1,433 @@
+"""Flax Linen layers on `jax_flash.attention`: O = dropout(softmax(scale Q K^T + masks)) V.
+
+    FlashSelfAttention, FlashCrossAttention, FlashBlocksparseAttention: packed Q K V in, no weights
+    MultiHeadAttention: Flax's, with GQA, windows and lengths
+    attention_fn: for Flax's own nn.MultiHeadDotProductAttention
+
+`MultiHeadAttention` names and initialises its parameters exactly as Flax's does, so that weights
+move between the two. Needs Flax: `pip install "jax-flash[flax]"`; `import jax_flash` does not.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+try:
+    from flax import linen as nn
+    from flax.linen.dtypes import promote_dtype
+    from flax.linen.linear import default_kernel_init
+except ImportError as error:
+    raise ImportError(
+        'jax_flash.linen needs Flax, which is not installed: pip install "jax-flash[flax]"'
+    ) from error
+
+from jax_flash import _flax
+from jax_flash.attention import attention
+
+__all__ = [
+    "FlashBlocksparseAttention",
+    "FlashCrossAttention",
+    "FlashSelfAttention",
+    "MultiHeadAttention",
+    "attention_fn",
+]
+
+Initializer = jax.nn.initializers.Initializer
+
+
+class _FlashLayer(nn.Module, kw_only=True):
+    """The attributes that every layer here has, and what a call makes of them."""
+
+    is_causal: bool = False
+    causal_offset: int | str = 0
+    local_window_size: int | tuple[int, int] | None = None
+    scale: float | None = None
+    dropout_rate: float = 0.0
+    deterministic: bool | None = None
+    deterministic_backward: bool = False
+    implementation: str | None = None
+
+    def _options(
+        self, is_causal: bool | None, deterministic: bool | None, dropout_rng: jax.Array | None
+    ) -> dict[str, Any]:
+        _flax.check_rate(self.dropout_rate)
+        dropping = self.dropout_rate > 0.0 and not nn.merge_param(
+            "deterministic", self.deterministic, deterministic
+        )
+        if dropping and dropout_rng is None:
+            dropout_rng = self.make_rng("dropout")
+        return _flax.call_options(
+            self, is_causal=is_causal, dropping=dropping, dropout_key=dropout_rng
+        )
+
+
+class FlashSelfAttention(_FlashLayer, kw_only=True):
+    """Self-attention of already projected, packed queries, keys and values; no parameters.
+
+    The module of the same name in the FlashAttention library, with its padded and its packed form.
+    The kernels read the three parts of `qkv` where they lie and write one packed gradient.
+
+    Example::
+
+      layer = FlashSelfAttention(is_causal=True, dropout_rate=0.1)
+      out = layer.apply({}, qkv, deterministic=False, rngs={"dropout": jax.random.key(0)})
+
+    Attributes:
+      is_causal: query i sees key j only where j <= i. Default False.
+      causal_offset: shifts the diagonal of `is_causal` and of the window: an int, or
+        "bottom_right". Default 0, top-left.
+      local_window_size: (left, right) keys that a query sees beside its own; an int means both.
+        Default None, no limit.
+      scale: factor of the logits. Default None, 1 / sqrt(H).
+      dropout_rate: probability in [0, 1) that an attention weight is dropped. Default 0.
+      deterministic: True switches dropout off. As in Flax, it must come from here or from the
+        call, not both, wherever dropout_rate > 0. Default None.
+      deterministic_backward: the gradient is bitwise the same on every run. Default False.
+      implementation: "cuda", "cpu", "xla", or None for the platform's own. Default None.
+    """
+
+    def __call__(
+        self,
+        qkv: jax.Array,
+        *,
+        cu_seqlens: jax.Array | None = None,
+        seq_lengths: jax.Array | None = None,
+        is_causal: bool | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attends.
+
+        Args:
+          qkv: [*B, T, 3, N, H]; with `cu_seqlens`, [*B, total, 3, N, H].
+          cu_seqlens: int32 [n + 1] or [*B, n + 1]; sequence s owns the rows from cu_seqlens[s] up
+            to cu_seqlens[s + 1]; rows without an owner give 0.
+          seq_lengths: int32 [*B]; rows from there on are padding: output 0. Not with cu_seqlens.
+          is_causal: overrides the attribute where not None.
+          deterministic: see the attribute.
+          dropout_rng: JAX key of the dropout; by default the "dropout" stream's next.
+
+        Returns:
+          [*B, T, N, H], or [*B, total, N, H], of qkv's dtype.
+
+        Raises:
+          ValueError: a bad shape or rate, or cu_seqlens together with seq_lengths; the message
+            names the argument. Also where dropout_rate > 0 and `deterministic` is nowhere given.
+        """
+        options = self._options(is_causal, deterministic, dropout_rng)
+        return _flax.self_attention(qkv, cu_seqlens, seq_lengths, options)
+
+
+class FlashCrossAttention(_FlashLayer, kw_only=True):
+    """Attention of queries to packed keys and values of another sequence; no parameters.
+
+    The module of the same name in the FlashAttention library. N may be a multiple of K
+    (grouped-query attention).
+
+    Attributes: those of `FlashSelfAttention`.
+    """
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key_value: jax.Array,
+        *,
+        cu_seqlens_q: jax.Array | None = None,
+        cu_seqlens_k: jax.Array | None = None,
+        query_seq_lengths: jax.Array | None = None,
+        key_value_seq_lengths: jax.Array | None = None,
+        is_causal: bool | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attends.
+
+        Args:
+          query: [*B, T, N, H]; with cu_seqlens_q, [*B, total_q, N, H].
+          key_value: [*B, S, 2, K, H]; with cu_seqlens_q, [*B, total_k, 2, K, H].
+          cu_seqlens_q: int32 [n + 1] or [*B, n + 1]; sequence s owns the query rows from
+            cu_seqlens_q[s] up to cu_seqlens_q[s + 1].
+          cu_seqlens_k: likewise for the keys. Default None: the same as cu_seqlens_q.
+          query_seq_lengths: int32 [*B]; query rows from there on give 0. Not with cu_seqlens_q.
+          key_value_seq_lengths: int32 [*B]; keys from there on are not seen. Likewise.
+          is_causal, deterministic, dropout_rng: as for `FlashSelfAttention`.
+
+        Returns:
+          [*B, T, N, H], or [*B, total_q, N, H], of query's dtype.
+
+        Raises:
+          ValueError: a bad shape or rate, cu_seqlens_k alone, or lengths beside cu_seqlens_q; the
+            message names the argument.
+        """
+        options = self._options(is_causal, deterministic, dropout_rng)
+        return _flax.cross_attention(
+            query,
+            key_value,
+            (cu_seqlens_q, cu_seqlens_k),
+            (query_seq_lengths, key_value_seq_lengths),
+            options,
+        )
+
+
+class FlashBlocksparseAttention(_FlashLayer, kw_only=True):
+    """Self-attention restricted to the tiles of a block mask; time falls with its density.
+
+    The module of the same name in the FlashAttention library: there a configuration object lays
+    out the blocks (`make_layout`), here any function does, or the call brings the mask itself.
+
+    Example::
+
+      def banded(num_queries, num_keys):  # each tile of 128 sees itself and the one before
+          rows, columns = -(-num_queries // 128), -(-num_keys // 128)
+          return np.tri(rows, columns, 0, bool) & ~np.tri(rows, columns, -2, bool)
+
+      layer = FlashBlocksparseAttention(layout=banded, is_causal=True)
+
+    Attributes:
+      layout: (T, S) -> block mask, asked at every trace; see `block_mask` of the call for the
+        shape. Default None: each call brings its mask.
+      block_size: (queries, keys) of a tile, multiples of 16, such as (64, 64) or (16, 256). Default
+        (128, 128).
+      The rest: those of `FlashSelfAttention`.
+    """
+
+    layout: _flax.BlockLayout | None = None
+    block_size: tuple[int, int] = (128, 128)
+
+    def __call__(
+        self,
+        qkv: jax.Array,
+        block_mask: ArrayLike | None = None,
+        *,
+        seq_lengths: jax.Array | None = None,
+        is_causal: bool | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attends.
+
+        Args:
+          qkv: [*B, T, 3, N, H].
+          block_mask: bool [*B, N, ceil(T / rows), ceil(T / columns)] for block_size = (rows,
+            columns), or broadcastable to that. True: the tile exists. Wins over `layout`.
+          seq_lengths, is_causal, deterministic, dropout_rng: as for `FlashSelfAttention`.
+
+        Returns:
+          [*B, T, N, H] of qkv's dtype; rows that no tile covers are 0.
+
+        Raises:
+          ValueError: neither block_mask nor layout, or a bad shape, size or rate; the message
+            names the argument.
+        """
+        options = self._options(is_causal, deterministic, dropout_rng)
+        return _flax.blocksparse_self_attention(
+            qkv, block_mask, self.layout, self.block_size, seq_lengths, options
+        )
+
+
+class MultiHeadAttention(_FlashLayer, kw_only=True):
+    """Multi-head attention with projections: Flax's layer on the fused kernels.
+
+    Q, K, V = inputs W + b per head, O = attention(Q, K, V), out = O W_out + b_out. Parameters are
+    those of `flax.linen.MultiHeadDotProductAttention`, by name, shape, dtype and initial value:
+    query/kernel [D, N, H], key/kernel and value/kernel [D, K, H], out/kernel [N, H, D_out], and
+    their biases; with K = num_kv_heads < num_heads (grouped-query attention) only that axis
+    differs. Unlike Flax's, a query that sees no key gives zeros, not the mean of all values, and
+    dropout is drawn for each batch entry and head (Flax's broadcast_dropout=False).
+
+    Example::
+
+      layer = MultiHeadAttention(num_heads=8, num_kv_heads=2, is_causal=True)
+      variables = layer.init(jax.random.key(0), x)
+      out = layer.apply(variables, x)
+
+    Attributes:
+      num_heads: query heads, N.
+      num_kv_heads: key/value heads, K, a divisor of num_heads. Default None: num_heads.
+      qkv_features: N * H. Default None: the features of inputs_q.
+      out_features: features of the result. Default None: those of inputs_q.
+      use_bias: whether the four projections add a bias. Default True.
+      normalize_qk: LayerNorm (scale only) of each head's queries and keys. Default False.
+      dtype: of the computation. Default None: promoted from inputs and parameters.
+      param_dtype: of the parameters. Default float32.
+      precision: of the projections' products, as in `jax.lax.dot_general`. Default None.
+      kernel_init, bias_init: initialisers. Default Flax's: LeCun normal, zeros.
+      out_kernel_init, out_bias_init: of the last projection. Default None: the same.
+      The rest: those of `FlashSelfAttention`.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    qkv_features: int | None = None
+    out_features: int | None = None
+    use_bias: bool = True
+    normalize_qk: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = default_kernel_init
+    out_kernel_init: Initializer | None = None
+    bias_init: Initializer = jax.nn.initializers.zeros
+    out_bias_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: jax.Array,
+        inputs_k: jax.Array | None = None,
+        inputs_v: jax.Array | None = None,
+        *,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        query_seq_lengths: jax.Array | None = None,
+        key_value_seq_lengths: jax.Array | None = None,
+        is_causal: bool | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Projects, attends, projects back.
+
+        Args:
+          inputs_q: [*B, T, D].
+          inputs_k: [*B, S, D_k]. Default None: inputs_q, that is self-attention.
+          inputs_v: [*B, S, D_v]. Default None: inputs_k.
+          bias: added to the logits; broadcastable to [*B, N, T, S].
+          mask: True, or not zero, where a query sees a key; broadcastable to [*B, N, T, S]. A
+            causal, windowed or padded pattern is faster said by is_causal, local_window_size and
+            the lengths.
+          query_seq_lengths: int32 [*B]; query rows from there on attend to nothing.
+          key_value_seq_lengths: int32 [*B]; keys from there on are not seen.
+          is_causal, deterministic, dropout_rng: as for `FlashSelfAttention`.
+
+        Returns:
+          [*B, T, out_features].
+
+        Raises:
+          ValueError: num_kv_heads no divisor of num_heads, qkv_features no multiple of it, inputs
+            that do not fit each other, or a bad rate; the message names the argument.
+        """
+        inputs_q, inputs_k, inputs_v = _flax.check_inputs(inputs_q, inputs_k, inputs_v)
+        num_kv_heads, head_dim = _flax.check_heads(
+            self.num_heads, self.num_kv_heads, self.qkv_features or inputs_q.shape[-1]
+        )
+        common = dict(
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+        )
+        project = functools.partial(
+            nn.DenseGeneral, kernel_init=self.kernel_init, bias_init=self.bias_init, **common
+        )
+        query = project((self.num_heads, head_dim), name="query")(inputs_q)
+        key = project((num_kv_heads, head_dim), name="key")(inputs_k)
+        value = project((num_kv_heads, head_dim), name="value")(inputs_v)
+        if self.normalize_qk:
+            normalize = functools.partial(
+                nn.LayerNorm, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype
+            )
+            query = normalize(name="query_ln")(query)
+            key = normalize(name="key_ln")(key)
+        query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
+        out = attention(
+            query,
+            key,
+            value,
+            bias,
+            _flax.as_bool(mask),
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            **self._options(is_causal, deterministic, dropout_rng),
+        )
+        return nn.DenseGeneral(
+            self.out_features or inputs_q.shape[-1],
+            axis=(-2, -1),
+            kernel_init=self.out_kernel_init or self.kernel_init,
+            bias_init=self.out_bias_init or self.bias_init,
+            name="out",
+            **common,
+        )(out)
+
+
+def attention_fn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nn.Module | None = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Any = None,
+    qk_attn_weights_einsum: Any = None,
+    attn_weights_value_einsum: Any = None,
+    *,
+    is_causal: bool = False,
+    causal_offset: int | str = 0,
+    local_window_size: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The fused attention as the `attention_fn` of Flax's own `nn.MultiHeadDotProductAttention`.
+
+    The arguments before the star are those of `flax.linen.dot_product_attention`, with the same
+    meaning, except that a query whose keys are all masked gives zeros. Those after it are
+    jax_flash's own, for `functools.partial`::
+
+      layer = nn.MultiHeadDotProductAttention(
+          num_heads=8, attention_fn=functools.partial(attention_fn, is_causal=True))
+
+    Args:
+      query, key, value: [*B, T, N, H], [*B, S, K, H], [*B, S, K, Hv]; K divides N.
+      bias: added to the logits; broadcastable to [*B, N, T, S].
+      mask: not zero where a query sees a key; broadcastable to [*B, N, T, S].
+      broadcast_dropout: must be False where dropout applies (Flax's default is True).
+      dropout_rng: JAX key, needed where dropout_rate > 0 and not deterministic.
+      dropout_rate: in [0, 1). Default 0.
+      deterministic: True switches dropout off. Default False.
+      dtype: the arrays are cast to it first. Default None: promoted among themselves.
+      precision: None, a `jax.lax.Precision` or its name; met by all, products accumulate in f32.
+      module: must be None: no weights to sow.
+      force_fp32_for_softmax: always so, whatever it says.
+      einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None.
+      is_causal, causal_offset, local_window_size, scale, implementation: as in
+        `FlashSelfAttention`.
+
+    Returns:
+      [*B, T, N, Hv].
+
+    Raises:
+      ValueError: an argument that a fused kernel cannot honour, named in the message.
+    """
+    query, key, value = promote_dtype(query, key, value, dtype=dtype)
+    return _flax.flax_attention(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        broadcast_dropout=broadcast_dropout,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        precision=precision,
+        refused=dict(
+            module=module,
+            einsum_dot_general=einsum_dot_general,
+            qk_attn_weights_einsum=qk_attn_weights_einsum,
+            attn_weights_value_einsum=attn_weights_value_einsum,
+        ),
+        is_causal=is_causal,
+        causal_offset=causal_offset,
+        local_window_size=local_window_size,
+        scale=scale,
+        implementation=implementation,
+    )

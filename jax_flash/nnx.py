@@ -1,0 +1,519 @@
+"""Flax NNX layers on `jax_flash.attention`: O = dropout(softmax(scale Q K^T + masks)) V.
+
+    FlashSelfAttention, FlashCrossAttention, FlashBlocksparseAttention: packed Q K V in, no weights
+    MultiHeadAttention: Flax's, with windows and lengths
+    attention_fn: for Flax's own nnx.MultiHeadAttention
+
+`MultiHeadAttention` names and initialises its parameters exactly as Flax's does, so that weights
+move between the two. Needs Flax: `pip install "jax-flash[flax]"`; `import jax_flash` does not.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+try:
+    from flax import nnx
+    from flax.nnx.nn import dtypes
+    from flax.nnx.nn.linear import default_kernel_init
+except ImportError as error:
+    raise ImportError(
+        'jax_flash.nnx needs Flax, which is not installed: pip install "jax-flash[flax]"'
+    ) from error
+
+from jax_flash import _flax
+from jax_flash.attention import attention
+
+__all__ = [
+    "FlashBlocksparseAttention",
+    "FlashCrossAttention",
+    "FlashSelfAttention",
+    "MultiHeadAttention",
+    "attention_fn",
+]
+
+Initializer = jax.nn.initializers.Initializer
+RandomSource = nnx.Rngs | nnx.RngStream
+
+
+class _FlashLayer(nnx.Module):
+    """The attributes that every layer here has, and what a call makes of them."""
+
+    def __init__(
+        self,
+        *,
+        is_causal: bool = False,
+        causal_offset: int | str = 0,
+        local_window_size: int | tuple[int, int] | None = None,
+        scale: float | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool | None = None,
+        deterministic_backward: bool = False,
+        implementation: str | None = None,
+        rngs: RandomSource | None = None,
+    ):
+        _flax.check_rate(dropout_rate)
+        self.is_causal = is_causal
+        self.causal_offset = causal_offset
+        self.local_window_size = local_window_size
+        self.scale = scale
+        self.dropout_rate = dropout_rate
+        self.deterministic = deterministic
+        self.deterministic_backward = deterministic_backward
+        self.implementation = implementation
+        self._keep_stream(rngs)
+
+    def _keep_stream(self, rngs: RandomSource | None) -> None:
+        # A stream of its own, as in Flax's layers: nnx.split and nnx.jit then see no shared state.
+        self.rngs: nnx.RngStream | None = nnx.data(None)
+        if rngs is not None and self.dropout_rate > 0.0:
+            self.rngs = _dropout_stream(rngs).fork()
+
+    def set_view(self, deterministic: bool | None = None):
+        """What `nnx.view` calls.
+
+        Args:
+          deterministic: if True, switches dropout off.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _options(
+        self, is_causal: bool | None, deterministic: bool | None, rngs: RandomSource | None
+    ) -> dict[str, Any]:
+        dropping = self.dropout_rate > 0.0 and not nnx.module.first_from(
+            deterministic,
+            self.deterministic,
+            error_msg="deterministic: expected True or False where dropout_rate > 0 (in the "
+            "constructor, at the call, or by train() and eval()), got None",
+        )
+        dropout_key = None
+        if dropping:
+            rngs = self.rngs if rngs is None else _dropout_stream(rngs)
+            if rngs is None:
+                raise ValueError(
+                    f"rngs: expected nnx.Rngs where dropout applies (dropout_rate = "
+                    f"{self.dropout_rate}), in the constructor or at the call, got None"
+                )
+            dropout_key = rngs()
+        return _flax.call_options(
+            self, is_causal=is_causal, dropping=dropping, dropout_key=dropout_key
+        )
+
+
+def _dropout_stream(rngs: RandomSource) -> nnx.RngStream:
+    return rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
+
+
+class FlashSelfAttention(_FlashLayer):
+    """Self-attention of already projected, packed queries, keys and values; no parameters.
+
+    The module of the same name in the FlashAttention library, with its padded and its packed form.
+    The kernels read the three parts of `qkv` where they lie and write one packed gradient.
+
+    Example::
+
+      layer = FlashSelfAttention(is_causal=True, dropout_rate=0.1, rngs=nnx.Rngs(0))
+      layer.train()
+      out = layer(qkv)
+
+    Args:
+      is_causal: query i sees key j only where j <= i. Default False.
+      causal_offset: shifts the diagonal of `is_causal` and of the window: an int, or
+        "bottom_right". Default 0, top-left.
+      local_window_size: (left, right) keys that a query sees beside its own; an int means both.
+        Default None, no limit.
+      scale: factor of the logits. Default None, 1 / sqrt(H).
+      dropout_rate: probability in [0, 1) that an attention weight is dropped. Default 0.
+      deterministic: True switches dropout off. Wherever dropout_rate > 0 it must come from here,
+        from the call (which wins) or from train() and eval(). Default None.
+      deterministic_backward: the gradient is bitwise the same on every run. Default False.
+      implementation: "cuda", "cpu", "xla", or None for the platform's own. Default None.
+      rngs: whose "dropout" stream (or the stream itself) draws the keys. Default None: each call
+        that drops brings its own.
+
+    Raises:
+      ValueError: dropout_rate outside [0, 1).
+    """
+
+    def __call__(
+        self,
+        qkv: jax.Array,
+        *,
+        cu_seqlens: jax.Array | None = None,
+        seq_lengths: jax.Array | None = None,
+        is_causal: bool | None = None,
+        deterministic: bool | None = None,
+        rngs: RandomSource | None = None,
+    ) -> jax.Array:
+        """Attends.
+
+        Args:
+          qkv: [*B, T, 3, N, H]; with `cu_seqlens`, [*B, total, 3, N, H].
+          cu_seqlens: int32 [n + 1] or [*B, n + 1]; sequence s owns the rows from cu_seqlens[s] up
+            to cu_seqlens[s + 1]; rows without an owner give 0.
+          seq_lengths: int32 [*B]; rows from there on are padding: output 0. Not with cu_seqlens.
+          is_causal, deterministic, rngs: override the constructor's where not None.
+
+        Returns:
+          [*B, T, N, H], or [*B, total, N, H], of qkv's dtype.
+
+        Raises:
+          ValueError: a bad shape, cu_seqlens together with seq_lengths, or dropout with no
+            `deterministic` or no `rngs` anywhere; the message names the argument.
+        """
+        options = self._options(is_causal, deterministic, rngs)
+        return _flax.self_attention(qkv, cu_seqlens, seq_lengths, options)
+
+
+class FlashCrossAttention(_FlashLayer):
+    """Attention of queries to packed keys and values of another sequence; no parameters.
+
+    The module of the same name in the FlashAttention library. N may be a multiple of K
+    (grouped-query attention).
+
+    Args: those of `FlashSelfAttention`.
+    """
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key_value: jax.Array,
+        *,
+        cu_seqlens_q: jax.Array | None = None,
+        cu_seqlens_k: jax.Array | None = None,
+        query_seq_lengths: jax.Array | None = None,
+        key_value_seq_lengths: jax.Array | None = None,
+        is_causal: bool | None = None,
+        deterministic: bool | None = None,
+        rngs: RandomSource | None = None,
+    ) -> jax.Array:
+        """Attends.
+
+        Args:
+          query: [*B, T, N, H]; with cu_seqlens_q, [*B, total_q, N, H].
+          key_value: [*B, S, 2, K, H]; with cu_seqlens_q, [*B, total_k, 2, K, H].
+          cu_seqlens_q: int32 [n + 1] or [*B, n + 1]; sequence s owns the query rows from
+            cu_seqlens_q[s] up to cu_seqlens_q[s + 1].
+          cu_seqlens_k: likewise for the keys. Default None: the same as cu_seqlens_q.
+          query_seq_lengths: int32 [*B]; query rows from there on give 0. Not with cu_seqlens_q.
+          key_value_seq_lengths: int32 [*B]; keys from there on are not seen. Likewise.
+          is_causal, deterministic, rngs: override the constructor's where not None.
+
+        Returns:
+          [*B, T, N, H], or [*B, total_q, N, H], of query's dtype.
+
+        Raises:
+          ValueError: a bad shape, cu_seqlens_k alone, lengths beside cu_seqlens_q, or dropout with
+            no `deterministic` or no `rngs` anywhere; the message names the argument.
+        """
+        options = self._options(is_causal, deterministic, rngs)
+        return _flax.cross_attention(
+            query,
+            key_value,
+            (cu_seqlens_q, cu_seqlens_k),
+            (query_seq_lengths, key_value_seq_lengths),
+            options,
+        )
+
+
+class FlashBlocksparseAttention(_FlashLayer):
+    """Self-attention restricted to the tiles of a block mask; time falls with its density.
+
+    The module of the same name in the FlashAttention library: there a configuration object lays
+    out the blocks (`make_layout`), here any function does, or the call brings the mask itself.
+
+    Example::
+
+      def banded(num_queries, num_keys):  # each tile of 128 sees itself and the one before
+          rows, columns = -(-num_queries // 128), -(-num_keys // 128)
+          return np.tri(rows, columns, 0, bool) & ~np.tri(rows, columns, -2, bool)
+
+      layer = FlashBlocksparseAttention(layout=banded, is_causal=True)
+
+    Args:
+      layout: (T, S) -> block mask, asked at every trace; see `block_mask` of the call for the
+        shape. Default None: each call brings its mask.
+      block_size: (queries, keys) of a tile, multiples of 16, such as (64, 64) or (16, 256). Default
+        (128, 128).
+      The rest: those of `FlashSelfAttention`.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: _flax.BlockLayout | None = None,
+        block_size: tuple[int, int] = (128, 128),
+        **options,
+    ):
+        super().__init__(**options)
+        self.layout = layout
+        self.block_size = block_size
+
+    def __call__(
+        self,
+        qkv: jax.Array,
+        block_mask: ArrayLike | None = None,
+        *,
+        seq_lengths: jax.Array | None = None,
+        is_causal: bool | None = None,
+        deterministic: bool | None = None,
+        rngs: RandomSource | None = None,
+    ) -> jax.Array:
+        """Attends.
+
+        Args:
+          qkv: [*B, T, 3, N, H].
+          block_mask: bool [*B, N, ceil(T / rows), ceil(T / columns)] for block_size = (rows,
+            columns), or broadcastable to that. True: the tile exists. Wins over `layout`.
+          seq_lengths: int32 [*B]; rows from there on are padding: output 0.
+          is_causal, deterministic, rngs: override the constructor's where not None.
+
+        Returns:
+          [*B, T, N, H] of qkv's dtype; rows that no tile covers are 0.
+
+        Raises:
+          ValueError: neither block_mask nor layout, a bad shape or size, or dropout with no
+            `deterministic` or no `rngs` anywhere; the message names the argument.
+        """
+        options = self._options(is_causal, deterministic, rngs)
+        return _flax.blocksparse_self_attention(
+            qkv, block_mask, self.layout, self.block_size, seq_lengths, options
+        )
+
+
+class MultiHeadAttention(_FlashLayer):
+    """Multi-head attention with projections: Flax's layer on the fused kernels.
+
+    Q, K, V = inputs W + b per head, O = attention(Q, K, V), out = O W_out + b_out. Parameters are
+    those of `flax.nnx.MultiHeadAttention`, by name, shape, dtype and initial value: query.kernel
+    [D, N, H], key.kernel and value.kernel [D, K, H], out.kernel [N, H, D_out], and their biases,
+    with K = num_kv_heads. Unlike Flax's, a query that sees no key gives zeros, not the mean of all
+    values, and dropout is drawn for each batch entry and head (Flax's broadcast_dropout=False).
+
+    Example::
+
+      layer = MultiHeadAttention(8, 512, num_kv_heads=2, is_causal=True, rngs=nnx.Rngs(0))
+      out = layer(x)
+
+    Args:
+      num_heads: query heads, N.
+      in_features: features of inputs_q, D.
+      qkv_features: N * H. Default None: in_features.
+      out_features: features of the result. Default None: in_features.
+      num_kv_heads: key/value heads, K, a divisor of num_heads. Default None: num_heads.
+      in_kv_features: features of inputs_k and inputs_v. Default None: in_features.
+      use_bias: whether the four projections add a bias. Default True.
+      normalize_qk: LayerNorm (scale only) of each head's queries and keys. Default False.
+      dtype: of the computation. Default None: promoted from inputs and parameters.
+      param_dtype: of the parameters. Default float32.
+      precision: of the projections' products, as in `jax.lax.dot_general`. Default None.
+      kernel_init, bias_init: initialisers. Default Flax's: LeCun normal, zeros.
+      out_kernel_init, out_bias_init: of the last projection. Default None: the same.
+      rngs: the parameters' and the dropout's randomness.
+      The rest: those of `FlashSelfAttention`.
+
+    Raises:
+      ValueError: num_kv_heads no divisor of num_heads, qkv_features no multiple of it, or a bad
+        dropout_rate; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int | None = None,
+        in_kv_features: int | None = None,
+        *,
+        use_bias: bool = True,
+        normalize_qk: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Initializer = default_kernel_init,
+        out_kernel_init: Initializer | None = None,
+        bias_init: Initializer = jax.nn.initializers.zeros,
+        out_bias_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+        **options,
+    ):
+        super().__init__(**options)
+        self.num_heads = num_heads
+        self.in_features = in_features
+        self.qkv_features = in_features if qkv_features is None else qkv_features
+        self.out_features = in_features if out_features is None else out_features
+        self.in_kv_features = in_features if in_kv_features is None else in_kv_features
+        self.num_kv_heads, self.head_dim = _flax.check_heads(
+            num_heads, num_kv_heads, self.qkv_features
+        )
+        self.dtype = dtype
+
+        common = dict(
+            use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
+        )
+        project = functools.partial(
+            nnx.LinearGeneral, kernel_init=kernel_init, bias_init=bias_init, **common
+        )
+        # The order is Flax's, to the dropout stream at the end: it decides which key initialises
+        # which parameter.
+        self.query = project(self.in_features, (num_heads, self.head_dim))
+        self.key = project(self.in_kv_features, (self.num_kv_heads, self.head_dim))
+        self.value = project(self.in_kv_features, (self.num_kv_heads, self.head_dim))
+        self.query_ln: nnx.LayerNorm | None = nnx.data(None)
+        self.key_ln: nnx.LayerNorm | None = nnx.data(None)
+        if normalize_qk:
+            normalize = functools.partial(
+                nnx.LayerNorm, self.head_dim, use_bias=False, dtype=dtype, param_dtype=param_dtype
+            )
+            self.query_ln = normalize(rngs=rngs)
+            self.key_ln = normalize(rngs=rngs)
+        self.out = nnx.LinearGeneral(
+            (num_heads, self.head_dim),
+            self.out_features,
+            axis=(-2, -1),
+            kernel_init=out_kernel_init or kernel_init,
+            bias_init=out_bias_init or bias_init,
+            **common,
+        )
+        self._keep_stream(rngs)
+
+    def __call__(
+        self,
+        inputs_q: jax.Array,
+        inputs_k: jax.Array | None = None,
+        inputs_v: jax.Array | None = None,
+        *,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        query_seq_lengths: jax.Array | None = None,
+        key_value_seq_lengths: jax.Array | None = None,
+        is_causal: bool | None = None,
+        deterministic: bool | None = None,
+        rngs: RandomSource | None = None,
+    ) -> jax.Array:
+        """Projects, attends, projects back.
+
+        Args:
+          inputs_q: [*B, T, in_features].
+          inputs_k: [*B, S, in_kv_features]. Default None: inputs_q, that is self-attention.
+          inputs_v: [*B, S, in_kv_features]. Default None: inputs_k.
+          bias: added to the logits; broadcastable to [*B, N, T, S].
+          mask: True, or not zero, where a query sees a key; broadcastable to [*B, N, T, S]. A
+            causal, windowed or padded pattern is faster said by is_causal, local_window_size and
+            the lengths.
+          query_seq_lengths: int32 [*B]; query rows from there on attend to nothing.
+          key_value_seq_lengths: int32 [*B]; keys from there on are not seen.
+          is_causal, deterministic, rngs: override the constructor's where not None.
+
+        Returns:
+          [*B, T, out_features].
+
+        Raises:
+          ValueError: inputs that do not fit each other or the layer, or dropout with no
+            `deterministic` or no `rngs` anywhere; the message names the argument.
+        """
+        inputs_q, inputs_k, inputs_v = _flax.check_inputs(inputs_q, inputs_k, inputs_v)
+        for name, array, features in (
+            ("inputs_q", inputs_q, self.in_features),
+            ("inputs_k", inputs_k, self.in_kv_features),
+            ("inputs_v", inputs_v, self.in_kv_features),
+        ):
+            if array.shape[-1] != features:
+                raise ValueError(
+                    f"{name}: expected {features} features, got shape {list(array.shape)}"
+                )
+        query, key, value = self.query(inputs_q), self.key(inputs_k), self.value(inputs_v)
+        if self.query_ln is not None:
+            query, key = self.query_ln(query), self.key_ln(key)
+        query, key, value = dtypes.promote_dtype((query, key, value), dtype=self.dtype)
+        out = attention(
+            query,
+            key,
+            value,
+            bias,
+            _flax.as_bool(mask),
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            **self._options(is_causal, deterministic, rngs),
+        )
+        return self.out(out)
+
+
+def attention_fn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nnx.Module | None = None,
+    promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+    is_causal: bool = False,
+    input_positions: jax.Array | None = None,
+    *,
+    causal_offset: int | str = 0,
+    local_window_size: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The fused attention as the `attention_fn` of Flax's own `nnx.MultiHeadAttention`.
+
+    The arguments before the star are those that Flax passes to its
+    `flax.nnx.dot_product_attention`, with the same meaning, except that a query whose keys are all
+    masked gives zeros. Those after it are jax_flash's own, for `functools.partial`::
+
+      layer = nnx.MultiHeadAttention(8, 512, decode=False, rngs=rngs, attention_fn=attention_fn)
+      out = layer(x, is_causal=True)
+
+    Args:
+      query, key, value: [*B, T, N, H], [*B, S, K, H], [*B, S, K, Hv]; K divides N.
+      bias: added to the logits; broadcastable to [*B, N, T, S].
+      mask: not zero where a query sees a key; broadcastable to [*B, N, T, S].
+      broadcast_dropout: must be False where dropout applies (Flax's default is True).
+      dropout_rng: JAX key, needed where dropout_rate > 0 and not deterministic.
+      dropout_rate: in [0, 1). Default 0.
+      deterministic: True switches dropout off. Default False.
+      dtype: the arrays are cast to it first. Default None: promoted among themselves.
+      precision: None, a `jax.lax.Precision` or its name; met by all, products accumulate in f32.
+      module: must be None: no weights to sow.
+      promote_dtype: does the casting: ((query, key, value), dtype=dtype) -> three arrays.
+      is_causal: query i sees key j only where j <= i. Default False.
+      input_positions: must be None: rotary embedding is not applied here.
+      causal_offset, local_window_size, scale, implementation: as in `FlashSelfAttention`.
+
+    Returns:
+      [*B, T, N, Hv].
+
+    Raises:
+      ValueError: an argument that a fused kernel cannot honour, named in the message.
+    """
+    query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    return _flax.flax_attention(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        broadcast_dropout=broadcast_dropout,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        precision=precision,
+        refused=dict(module=module, input_positions=input_positions),
+        is_causal=is_causal,
+        causal_offset=causal_offset,
+        local_window_size=local_window_size,
+        scale=scale,
+        implementation=implementation,
+    )

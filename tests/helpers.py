@@ -1,0 +1,177 @@
+"""One call in three ways: ours, the float64 definition, plain XLA of the same type.
+
+DESIGN's rule of correctness: ours may be off by no more than twice what the plain form of the same
+type is off, plus one unit roundoff of the largest value and a few of float32's, for orders of sums.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_flash
+from jax_flash.reference import attention as reference
+
+IMPLEMENTATIONS = ["xla", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+KEY = jax.random.key_data(jax.random.key(20261120))
+
+
+def device(implementation: str) -> jax.Device:
+    """Where a call by this implementation runs."""
+    return jax.devices()[0] if implementation == "xla" else jax.devices(implementation)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Every size differs from the others and from a tile's, so that no transpose can hide."""
+
+    batch: int = 2
+    seq_q: int = 197
+    seq_k: int = 261
+    heads: int = 6
+    kv_heads: int = 3
+    head_dim: int = 40
+    value_dim: int | None = None
+
+    @property
+    def query(self):
+        return (self.batch, self.seq_q, self.heads, self.head_dim)
+
+    @property
+    def key(self):
+        return (self.batch, self.seq_k, self.kv_heads, self.head_dim)
+
+    @property
+    def value(self):
+        return (self.batch, self.seq_k, self.kv_heads, self.value_dim or self.head_dim)
+
+    @property
+    def out(self):
+        return (self.batch, self.seq_q, self.heads, self.value_dim or self.head_dim)
+
+
+def random(seed: int, dtype, *shapes) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes]
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "rate"))
+def plain_attention(query, key, value, ok, keep, *, scale, rate):
+    """What one writes in jnp, in the operands' type: (out, lse), O(T * S) memory."""
+    group = query.shape[-2] // key.shape[-2]
+    key, value = jnp.repeat(key, group, -2), jnp.repeat(value, group, -2)
+    s = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
+    s = jnp.where(ok, s * scale, -1e30)
+    lse = jax.nn.logsumexp(s, axis=-1)
+    probs = jnp.exp(s - lse[..., None]) * ok
+    if keep is not None:
+        probs = probs * keep * reference.keep_scale(rate)
+    out = jnp.einsum("bnts,bsnh->btnh", probs.astype(value.dtype), value)
+    return out, lse
+
+
+def assert_close(name: str, ours, exact: np.ndarray, plain) -> None:
+    """The rule of this module, on one array; `ours` gives the type."""
+    unit = float(jnp.finfo(ours.dtype).eps) + 32 * float(jnp.finfo(np.float32).eps)
+    ours, plain = (np.asarray(x, np.float64) for x in (ours, plain))
+    assert ours.shape == exact.shape, f"{name}: shape {ours.shape}, expected {exact.shape}"
+    error = np.abs(ours - exact)
+    bound = 2 * np.abs(plain - exact).max() + unit * np.abs(exact).max()
+    at = tuple(map(int, np.unravel_index(np.nan_to_num(error, nan=np.inf).argmax(), error.shape)))
+    assert error[at] <= bound, f"{name}: off by {error[at]:.3g} at {at}, allowed {bound:.3g}"
+
+
+def assert_lse(ours, exact) -> None:
+    ours = np.asarray(ours, np.float64)
+    empty = exact == -np.inf
+    assert (ours[empty] == -np.inf).all(), "lse of rows without keys"
+    np.testing.assert_allclose(ours[~empty], exact[~empty], rtol=1e-5, atol=1e-5)
+
+
+def mask_options(options: dict) -> dict:
+    """The options that decide which pairs exist, for `reference.allowed`."""
+    names = (
+        "is_causal",
+        "causal_offset",
+        "query_seq_lengths",
+        "key_value_seq_lengths",
+        "local_window_size",
+        "block_mask",
+        "block_size",
+    )
+    return {name: options[name] for name in names if name in options}
+
+
+def check_attention(
+    implementation: str, dtype, shape: Shape, options: dict, *, seed=0, packing="separate"
+):
+    """Output, lse and all gradients of one padded call against the definition.
+
+    Args:
+      options: of `jax_flash.attention`, numpy arrays for what is an array.
+      packing: "separate", "kv" or "qkv".
+    """
+    tensors = random(seed, dtype, shape.query, shape.key, shape.value)
+    scores = (shape.batch, shape.heads, shape.seq_q, shape.seq_k)
+    rate = options.get("dropout_rate", 0.0)
+    return check_call(
+        implementation,
+        functools.partial(attend_packed, packing, implementation, options),
+        tensors,
+        ok=reference.allowed(*scores, **mask_options(options)),
+        keep=reference.dropout_keep(rate, np.asarray(KEY), *scores) if rate else None,
+        scale=options.get("scale", shape.head_dim**-0.5),
+        rate=rate,
+        seed=seed + 1,
+    )
+
+
+def check_call(implementation, call, tensors, *, ok, keep=None, scale, rate=0.0, seed=1):
+    """(out, lse) = call(q, k, v) and its gradients against the definition, for the pairs `ok`.
+
+    Args:
+      tensors: numpy q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv].
+      ok, keep: bool [B, N, T, S].
+
+    Returns:
+      (out, lse, (dq, dk, dv)) of `call`.
+    """
+    q, k, v = tensors
+    dout = random(seed, q.dtype, (*q.shape[:-1], v.shape[-1]))[0]
+    formula = dict(scale=scale, keep=keep, rate=rate)
+    exact = reference.forward(q, k, v, ok, **formula)
+    dlse = random(seed + 1, np.float32, exact.lse.shape)[0]
+    dlse = np.where(np.isfinite(exact.lse), dlse, 0)  # an empty row's lse has no derivative
+    exact_grads = reference.backward(q, k, v, ok, dout, dlse, **formula)
+
+    with jax.default_device(device(implementation)):
+        on_device = functools.partial(jax.tree.map, jnp.asarray)
+        plain = functools.partial(plain_attention, ok=ok, keep=keep, scale=scale, rate=rate)
+        plain_out, pull = jax.vjp(plain, *on_device((q, k, v)))
+        plain_grads = pull(on_device((dout, dlse)))
+        (out, lse), pull = jax.vjp(jax.jit(call), *on_device((q, k, v)))
+        grads = pull(on_device((dout, dlse)))
+
+    assert_lse(lse, exact.lse)
+    assert_close("out", out, exact.out, plain_out[0])
+    names = ("dq", "dk", "dv")
+    for name, ours, true, rough in zip(names, grads, exact_grads, plain_grads, strict=True):
+        assert_close(name, ours, true, rough)
+    unseen = np.moveaxis(~ok.any(-1), 1, 2)
+    assert not np.asarray(out, np.float64)[unseen].any(), "rows without keys give 0"
+    return out, lse, grads
+
+
+def attend_packed(packing: str, implementation: str, options: dict, q, k, v):
+    """(out, lse) of the call that takes its operands packed so."""
+    options = dict(options, return_lse=True, implementation=implementation)
+    if options.get("dropout_rate"):
+        options["dropout_key"] = jax.random.wrap_key_data(KEY)
+    if packing == "qkv":
+        return jax_flash.attention_qkvpacked(jnp.stack([q, k, v], -3), **options)
+    if packing == "kv":
+        return jax_flash.attention_kvpacked(q, jnp.stack([k, v], -3), **options)
+    return jax_flash.attention(q, k, v, **options)

@@ -1,0 +1,138 @@
+"""Runs the whole suite on this machine's NVIDIA GPU, then under compute-sanitizer, and reports.
+
+    python -m tests.run_gpu                          # make gpu-test: all three parts
+    python -m tests.run_gpu --parts tests -x         # one part; the rest goes to pytest
+    python -m tests.run_gpu --parts memcheck -k varlen
+
+The parts: `tests` is the suite, gpu-marked tests and all others; `memcheck` and `racecheck` repeat
+gpu-marked tests under compute-sanitizer, every buffer an allocation of its own so that a stray
+access cannot land in a neighbour. The report, benchmarks/results/<device>/gpu_tests.json, carries
+the hash of the sources (benchmarks/evidence.py); parts run at different times gather in one report
+as long as the sources are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+
+from benchmarks import evidence
+
+# racecheck costs some hundred times the run time: one shape of every kernel, forward and backward.
+RACECHECK = "racecheck"
+
+
+def run_pytest(arguments: list[str], wrapper: Sequence[str] = (), env: dict | None = None) -> dict:
+    """pytest in a process of its own -> its counts, exit code and seconds."""
+    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
+        command = [*wrapper, sys.executable, "-m", "pytest", f"--junitxml={report.name}"]
+        begin = time.monotonic()
+        print("+", *command, *arguments, flush=True)
+        code = subprocess.run(
+            command + arguments, cwd=evidence.ROOT, env=os.environ | (env or {}), check=False
+        ).returncode
+        seconds = time.monotonic() - begin
+        try:
+            suite = ElementTree.parse(report.name).getroot().find("testsuite")
+            total, failures, errors, skipped = (
+                int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")
+            )
+        except ElementTree.ParseError:  # pytest died before it could write
+            total = failures = errors = skipped = 0
+    failed = failures + errors
+    return dict(
+        passed=total - failed - skipped,
+        failed=failed,
+        skipped=skipped,
+        exit_code=code,
+        seconds=round(seconds),
+    )
+
+
+def run_sanitizer(tool: str, arguments: list[str]) -> dict:
+    """compute-sanitizer over our own kernels in the selected tests -> counts and errors found."""
+    selection = ["tests", "-m", "gpu", "-p", "no:xdist", "--timeout=3000", *arguments]
+    if tool == "racecheck" and "-k" not in arguments:
+        selection += ["-k", RACECHECK]
+    with tempfile.NamedTemporaryFile(suffix=".log", mode="r") as log:
+        wrapper = ["compute-sanitizer", "--tool", tool, "--log-file", log.name]
+        wrapper += ["--kernel-name", "kernel_substring=jax_flash", "--print-limit", "20"]
+        result = run_pytest(selection, wrapper, {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"})
+        text = log.read()
+    print("\n".join(text.splitlines()[-40:]), flush=True)
+    summaries = re.findall(r"(?:ERROR SUMMARY: (\d+)|RACECHECK SUMMARY: (\d+))", text)
+    # No summary: the tool did not get to its end, which is no clean bill of health.
+    result["errors"] = sum(int(a or b) for a, b in summaries) if summaries else None
+    return dict(tool=tool, selection=" ".join(selection[1:]), **result)
+
+
+def is_clean(result: dict) -> bool:
+    """Tests ran, none failed, and the tool reached its end and found nothing."""
+    return result["passed"] > 0 and result["exit_code"] == 0 and result["errors"] == 0
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", default="tests,memcheck,racecheck")
+    parser.add_argument("--workers", default="4", help="test processes of the first part")
+    args, rest = parser.parse_known_args(argv)
+    parts = args.parts.split(",")
+    if unknown := set(parts) - {"tests", "memcheck", "racecheck"}:
+        parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the tests need the memory
+    import jax
+
+    if jax.default_backend() != "gpu":
+        sys.exit("no GPU: JAX's default backend is " + jax.default_backend())
+    device = evidence.device_name()
+    path = evidence.device_folder(device) / "gpu_tests.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    if report.get("source_hash") != evidence.source_hash():
+        report = {"source_hash": evidence.source_hash(), "tests": {}, "sanitizers": []}
+    report |= dict(
+        device=device,
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        commit=evidence.commit(),
+        jax=jax.__version__,
+        python=sys.version.split()[0],
+    )
+    good = True
+
+    def save():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")
+
+    if "tests" in parts:
+        report["tests"] = run_pytest(["tests", "-n", args.workers, *rest])
+        report["tests"]["selection"] = " ".join(rest) or "all"
+        good &= report["tests"]["exit_code"] == 0
+        save()
+    for tool in ("memcheck", "racecheck"):
+        if tool not in parts:
+            continue
+        if not shutil.which("compute-sanitizer"):
+            print(f"{tool}: not run, compute-sanitizer is not on PATH", flush=True)
+            continue
+        result = run_sanitizer(tool, rest)
+        report["sanitizers"] = [run for run in report["sanitizers"] if run["tool"] != tool]
+        report["sanitizers"].append(result)
+        good &= is_clean(result)
+        save()
+    print(json.dumps(report, indent=2))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
