@@ -47,16 +47,14 @@ class OnlineSoftmax {
     }
     if (__any_sync(device::kWarp, moves)) move_reference(tile_max, rO);
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
+    for (int n = 0; n < kN; ++n) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            rS[m][n][e] = ptx::exp2_approx(fmaf(rS[m][n][e], scale_log2_, -max_log2_[m][half]));
-            sum_[m][half] += rS[m][n][e];
-          }
+        for (int e = 0; e < 4; ++e) {
+          float& score = rS[m][n][e];
+          score = ptx::exp2_approx(fmaf(score, scale_log2_, -max_log2_[m][e / 2]));
+          sum_[m][e / 2] += score;
         }
       }
     }

@@ -17,18 +17,22 @@
 
 namespace jax_flash::attention::sm80 {
 
-// Tile sizes by head dim. Two CTAs share an SM, so that one multiplies while the other is in
-// softmax; each has at most 99 KB of shared memory, what Ada and consumer Ampere have.
-template <int kHeadDim>
+// Tile sizes. Two CTAs share an SM, so that one multiplies while the other is in softmax; each has
+// at most 99 KB of shared memory, what Ada and consumer Ampere have, and 255 registers a thread:
+// that is what limits kBlockN, the more so where random bits are drawn. Measured on an H200:
+// docs/kernels/log.md.
+template <int kHeadDim, bool kHasDropout>
 struct ForwardTiles {
-  static constexpr int kCtasPerSm = 2;
+  static constexpr int kWarps = 4, kCtasPerSm = 2;
   static constexpr int kBlockM = kHeadDim <= 128 ? 128 : 64;
-  static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;
-  static constexpr bool kQueryInRegisters = kHeadDim <= 64;
+  static constexpr int kBlockN = kHeadDim <= 64    ? (kHasDropout ? 64 : 128)
+                                 : kHeadDim <= 128 ? (kHasDropout && kHeadDim == 128 ? 48 : 64)
+                                                   : 32;
+  static constexpr bool kQueryInRegisters = kHeadDim <= 64 && kHasDropout;
 };
 
 template <typename Element_, int kHeadDim_, bool kHasDropout_,
-          typename Tiles = ForwardTiles<kHeadDim_>>
+          typename Tiles = ForwardTiles<kHeadDim_, kHasDropout_>>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;  // of Q, K and V in shared memory; short ones padded
@@ -37,7 +41,7 @@ struct ForwardTraits {
   static constexpr int kBlockM = Tiles::kBlockM, kBlockN = Tiles::kBlockN;
   static constexpr int kCtasPerSm = Tiles::kCtasPerSm, kStages = 2;
   static constexpr bool kQueryInRegisters = Tiles::kQueryInRegisters;
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kWarps = Tiles::kWarps, kThreads = 32 * kWarps;
   static constexpr int kWarpM = kBlockM / kWarps;  // rows of a warp
   static constexpr int kFragmentsM = kWarpM / 16;
   static constexpr int kFragmentsN = kBlockN / 8;
@@ -69,8 +73,8 @@ struct ForwardTraits {
   static_assert(sizeof(Smem) <= 99 * 1024);
 };
 
-// Makes a scale that is not positive positive: Q -> -Q, or Q -> 0 with scale_log2 = 1, so that the
-// maximum of S is that of scale S.
+// For a scale that is not positive: Q -> -Q, or Q -> 0, so that the kernel may work with scale_log2
+// = |scale| log2(e), or 1, and the maximum of S is that of scale S.
 template <typename Traits>
 __device__ void fold_scale_sign(typename Traits::Smem& smem, float scale) {
   auto* pairs = reinterpret_cast<uint32_t*>(smem.query.data);
@@ -103,7 +107,7 @@ __device__ void find_job(const ForwardParams& p, const Schedule& schedule,
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     forward_kernel(const __grid_constant__ ForwardParams p,
-                   const __grid_constant__ Schedule schedule) {
+                   const __grid_constant__ Schedule schedule, const float scale_log2) {
   using Element = typename Traits::Element;
   using QueryTile = typename Traits::QueryTile;
   using KeyTile = typename Traits::KeyTile;
@@ -128,19 +132,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     Loader(job.v, p.v.row_stride, s.key_length, p.value_dim)(stage.value, row);
     ptx::cp_async_commit();
   };
-  float scale_log2 = p.scale * 1.44269504088896341f;
   float rO[kFragmentsM][kFragmentsD][4] = {};
 
   using QueryAddress = device::LdmatrixAddress<QueryTile>;
   using KeyAddress = device::LdmatrixAddress<KeyTile>;
-  const QueryAddress query_address(smem.query, QueryAddress::Order::kRowsFirst);
+  const QueryAddress query_address(smem.query, QueryAddress::Order::kRowsFirst, warp_row);
   const KeyAddress key_address(smem.stage[0].key, KeyAddress::Order::kColsFirst);
   const KeyAddress value_address(smem.stage[0].value, KeyAddress::Order::kRowsFirst);
   uint32_t rQ[Traits::kQueryInRegisters ? Traits::kHeadDim / 16 : 1][kFragmentsM][4];
   const auto load_fragments = [&](uint32_t (&fragments)[kFragmentsM][4], int k) {
 #pragma unroll
     for (int m = 0; m < kFragmentsM; ++m) {
-      ptx::ldmatrix_x4(fragments[m], query_address(warp_row + 16 * m, k));
+      ptx::ldmatrix_x4(fragments[m], query_address(16 * m, k));
     }
   };
 
@@ -156,7 +159,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     __syncthreads();  // Q, copied by all threads, is visible
     if (!(p.scale > 0.0f)) {
       fold_scale_sign<Traits>(smem, p.scale);
-      scale_log2 = p.scale == 0.0f ? 1.0f : -scale_log2;
       __syncthreads();  // so is the change
     }
     if constexpr (Traits::kQueryInRegisters) {
@@ -168,6 +170,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
   for (int stage = 0; !step.is_end(); stage ^= 1) {
     const TileStep next_step = walk.next(step);
+    const int col = step.tile() * kBlockN;
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage's K and V are visible, and nobody reads the other stage any more
 
@@ -195,40 +198,30 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     }
 
     // P = softmax numerator of S
-    const int col = step.tile() * kBlockN;
     if (!step.is_full()) mask_scores(rS, s, job.blocks, s.first_row + warp_row, col);
     softmax.update(rS, rO);
 
-    // Round P to operands, and drop
-    uint32_t rP[kBlockN / 16][kFragmentsM][4];
+    // O += dropout(P) V
 #pragma unroll
     for (int n = 0; n < kBlockN; n += 16) {
+      uint32_t rP[kFragmentsM][4];
 #pragma unroll
       for (int m = 0; m < kFragmentsM; ++m) {
-        const float (&left)[4] = rS[m][n / 8];
-        const float (&right)[4] = rS[m][n / 8 + 1];
-        uint32_t (&fragment)[4] = rP[n / 16][m];
-        fragment[0] = device::pack<Element>(left[0], left[1]);
-        fragment[1] = device::pack<Element>(left[2], left[3]);
-        fragment[2] = device::pack<Element>(right[0], right[1]);
-        fragment[3] = device::pack<Element>(right[2], right[3]);
+        float (&left)[4] = rS[m][n / 8];
+        float (&right)[4] = rS[m][n / 8 + 1];
         if constexpr (Traits::kHasDropout) {
-          job.dropout.apply(fragment, s.first_row + warp_row + 16 * m, col + n);
+          job.dropout.apply(left, right, s.first_row + warp_row + 16 * m, col + n);
         }
+        device::pack_operand<Element>(rP[m], left, right);
       }
-    }
-
-    // O += P V
-#pragma unroll
-    for (int n = 0; n < kBlockN; n += 16) {
 #pragma unroll
       for (int d = 0; d < Traits::kHeadDim; d += 16) {
         uint32_t rV[4];
         ptx::ldmatrix_x4_trans(rV, value_address(n, d, stage_offset));
 #pragma unroll
         for (int m = 0; m < kFragmentsM; ++m) {
-          ptx::mma_16x8x16<Element>(rO[m][d / 8], rP[n / 16][m], rV[0], rV[1]);
-          ptx::mma_16x8x16<Element>(rO[m][d / 8 + 1], rP[n / 16][m], rV[2], rV[3]);
+          ptx::mma_16x8x16<Element>(rO[m][d / 8], rP[m], rV[0], rV[1]);
+          ptx::mma_16x8x16<Element>(rO[m][d / 8 + 1], rP[m], rV[2], rV[3]);
         }
       }
     }
@@ -293,7 +286,7 @@ const char* launch(const ForwardParams& p, cudaStream_t stream) {
     return launch_status();
   }
   kernel<<<static_cast<uint32_t>(schedule.num_ctas(p)), Traits::kThreads, kSmemBytes, stream>>>(
-      p, schedule);
+      p, schedule, p.scale == 0.0f ? 1.0f : std::abs(p.scale) * 1.44269504088896341f);
   return launch_status();
 }
 
