@@ -9,7 +9,6 @@ Algorithm: FlashAttention (Dao et al., arXiv:2205.14135, algorithms 1-4) in Flas
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -106,10 +105,7 @@ def _attention(
     dtype = call.arrays[0].dtype
     shared.check_implementation(implementation)
     shared.check_sizes(seq_q, seq_k)
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
-    elif isinstance(scale, jax.core.Tracer):
-        shared.refuse("scale", "a Python float (static)", "a traced array", TypeError)
+    scale = shared.static_scale(scale, head_dim)
     offset, bottom_right = shared.offset_operand(causal_offset, batch)
     left, right = shared.window(local_window_size, is_causal)
     threshold, dropout_state, head_ids = shared.dropout_operands(
@@ -127,7 +123,7 @@ def _attention(
         blocks,
     )
     config = AttentionConfig(
-        scale=float(scale),
+        scale=scale,
         window_left=left,
         window_right=right,
         bottom_right=bottom_right,
@@ -141,7 +137,7 @@ def _attention(
     bias = _score_operand("bias", bias, (*batch, heads, seq_q, seq_k))
     mask = _score_operand("mask", mask, (*batch, heads, seq_q, seq_k))
 
-    if 0 in (*call.query_shape[:-1], seq_k, call.value_dim):
+    if 0 in (*call.query_shape[:-1], seq_k):
         out, lse = shared.empty_result(call.query_shape, call.value_dim, dtype)
     elif bias is not None or mask is not None:
         out, lse = _with_scores(config, call, bias, mask, options)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash._ops import dropout
+from jax_flash._ops._op import vary_together
 
 _CHUNK_BYTES = 32 << 20  # aim for one chunk of scores
 
@@ -349,16 +350,15 @@ def backward(config, query, key, value, out, lse, dout, dlse, *options):
         dq = _einsum("...kgts,...skh->...tkgh", ds, k)
         return (dk, dv), dq.reshape(*dq.shape[:-3], -1, dq.shape[-1]).astype(q.dtype)
 
-    def zeros(x):
-        return jnp.zeros((*lead, *x.shape[-3:]), wide)
-
+    zeros = (jnp.zeros((*lead, *x.shape[-3:]), wide) for x in (k, v))
+    carry = vary_together(*zeros, *arrays, lse, dlse, *options)[:2]
     starts = jnp.arange(count, dtype=jnp.int32) * rows
     chunks = (
         starts,
         *(_chunks(x, -3, rows, count) for x in (q, dout)),
         *(_chunks(x, -1, rows, count) for x in (lse, delta)),
     )
-    (dk, dv), dq = jax.lax.scan(step, (zeros(k), zeros(v)), chunks)
+    (dk, dv), dq = jax.lax.scan(step, carry, chunks)
     dq = jnp.broadcast_to(_joined(dq, -3, seq_q), (*lead, *q.shape[-3:]))
     dk, dv = dk.astype(k.dtype), dv.astype(v.dtype)
     nothing = jnp.zeros((0,), q.dtype)
