@@ -5,8 +5,8 @@
 
 namespace jax_flash::device {
 
-// Hides where a value came from, so that the compiler does not compute what follows from it ahead of
-// a loop, and then spill it.
+// Hides where a value came from, so that the compiler does not compute what follows from it ahead
+// of a loop, and then spill it.
 __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -37,7 +37,7 @@ const char* with_head_dim(const Problem& p, Run&& run) {
 
 // The same for the backward and for f32, which have fewer.
 template <typename Run>
-const char* with_backward_head_dim(const Problem& p, Run&& run) {
+const char* with_coarse_head_dim(const Problem& p, Run&& run) {
   const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
   if (dim <= 64) return run.template operator()<64>();
   if (dim <= 128) return run.template operator()<128>();

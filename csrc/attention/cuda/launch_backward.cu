@@ -7,7 +7,7 @@ const char* launch_attention_backward(const BackwardParams& p, cudaStream_t stre
   if (p.mask.block_mask.data != nullptr && p.mask.block_cols % 8 != 0) {
     return "jax_flash: block_size: expected a multiple of 8 columns";
   }
-  return with_backward_head_dim(p, [&]<int kHeadDim>() -> const char* {
+  return with_coarse_head_dim(p, [&]<int kHeadDim>() -> const char* {
     switch (p.dtype) {
       case DType::kBF16:
         return backward_sm80<__nv_bfloat16, kHeadDim>(p, stream);

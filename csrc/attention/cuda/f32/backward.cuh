@@ -1,6 +1,6 @@
 // The gradients in exact f32, as two kernels without a single atomic: one owns 64 queries and goes
-// over the key tiles (dQ, and delta = rowsum(dO * O) - dlse for the other), one owns 64 keys and goes
-// over the query tiles of every head of the group (dK, dV). Both recompute
+// over the key tiles (dQ, and delta = rowsum(dO * O) - dlse for the other), one owns 64 keys and
+// goes over the query tiles of every head of the group (dK, dV). Both recompute
 //   P = exp(scale Q K^T - lse),   dS = P * (dropout(dO V^T) - delta).
 #pragma once
 

@@ -32,8 +32,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int row = s.first_row;
   const BlockMask blocks(p.mask, place.batch, head);
   const TileRange range = key_tiles<kTile, kTile>(s, row);
-  const RowsOf q =
-      rows_of(p.q, place.batch, s.query_start, row, head, s.query_length, p.head_dim);
+  const RowsOf q = rows_of(p.q, place.batch, s.query_start, row, head, s.query_length, p.head_dim);
 
   Accumulator<kHeadDim> rO = {};
   float maximum[4], sum[4] = {};
@@ -44,9 +43,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!tile_exists(blocks, s, row, col)) continue;
     // S = scale Q K^T
     float rS[4][4];
-    scores<kHeadDim>(
-        rS, smem, q, rows_of(p.k, place.batch, s.key_start, col, kv_head, s.key_length, p.head_dim),
-        static_cast<int>(p.head_dim));
+    scores<kHeadDim>(rS, smem, q,
+                     rows_of(p.k, place.batch, s.key_start, col, kv_head, s.key_length, p.head_dim),
+                     static_cast<int>(p.head_dim));
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       // The new maximum, and what it makes of the sums so far. A row that has seen no key yet keeps

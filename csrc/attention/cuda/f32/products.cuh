@@ -9,9 +9,9 @@
 
 namespace jax_flash::attention::f32 {
 
-inline constexpr int kTile = 64;      // own rows, and rows of the other axis in a step
-inline constexpr int kThreads = 256;  // 16 x 16, each with 4 x 4 elements of a [64][64] matrix
-inline constexpr int kDepth = 32;     // columns of a chunk of scores()
+inline constexpr int kTile = 64;       // own rows, and rows of the other axis in a step
+inline constexpr int kThreads = 256;   // 16 x 16, each with 4 x 4 elements of a [64][64] matrix
+inline constexpr int kDepth = 32;      // columns of a chunk of scores()
 inline constexpr int kChunkRows = 16;  // rows of a chunk of accumulate()
 
 // Rows of a matrix in global memory: those past `rows` and columns past `cols` count as zero.
@@ -76,17 +76,16 @@ __device__ __forceinline__ void scores(float (&rS)[4][4], ProductSmem<kHeadDim>&
   }
 }
 
-// An accumulator [64 own rows][kHeadDim]: rO[n][r][c] is element (own_row() + r, 64 n + other_row() +
-// c).
+// An accumulator [64 own rows][kHeadDim]: rO[n][r][c] is element (own_row() + r, 64 n + other_row()
+// + c).
 template <int kHeadDim>
 using Accumulator = float[kHeadDim / 64][4][4];
 
-// rO[own][col] += sum over 64 rows o of weights[o][own] * other[o][col]. The barrier between writing
-// the weights and reading them is in here.
+// rO[own][col] += sum over 64 rows o of weights[o][own] * other[o][col]. The barrier between
+// writing the weights and reading them is in here.
 template <int kHeadDim>
 __device__ __forceinline__ void accumulate(Accumulator<kHeadDim>& rO, ProductSmem<kHeadDim>& smem,
-                                           const Weights& weights,
-                                           const RowsOf& other) {
+                                           const Weights& weights, const RowsOf& other) {
   for (int first = 0; first < kTile; first += kChunkRows) {
     __syncthreads();  // The previous chunk has been read; the weights are written.
 #pragma unroll

@@ -31,13 +31,13 @@ struct BackwardStep {
   __device__ bool exists() const { return row >= 0; }
 };
 
-// Where a CTA works. It lies in shared memory, since it is read a few times a step and would cost the
-// registers that the accumulators need.
+// Where a CTA works. It lies in shared memory, since it is read a few times a step and would cost
+// the registers that the accumulators need.
 struct BackwardPlace {
   int slot = 0, kv_head = 0;
   BatchIndex batch;
   Sequence sequence;
-  TileRange range;     // query tiles that see the key tile
+  TileRange range;         // query tiles that see the key tile
   int64_t query_tile = 0;  // of head 0 and the sequence's first rows: [batches, heads, query_slots]
   float* dq_sum = nullptr;
   float* dkv_sum = nullptr;  // of this tile and split
@@ -68,7 +68,8 @@ struct BackwardPlace {
                     (column * a.plan.key_slots + slot) * a.plan.key_tile_elements;
 
     const int group = static_cast<int>(a.p.heads / a.p.kv_heads);
-    const int64_t length = static_cast<int64_t>(max(place.range.end - place.range.begin, 0)) * group;
+    const int64_t length =
+        static_cast<int64_t>(max(place.range.end - place.range.begin, 0)) * group;
     place.first_head = kv_head * group;
     place.next = static_cast<int>(length * split / a.plan.key_splits);
     place.last = static_cast<int>(length * (split + 1) / a.plan.key_splits);
@@ -138,17 +139,18 @@ struct BackwardTraits {
   static constexpr int kBlockM = kBlockM_;  // queries of a step
   static constexpr int kBlockN = kBlockN_;  // keys of the CTA
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
-  static constexpr int kMinCtas = kWarps == 4 ? 2 : 1;  // a multiprocessor: 8 warps of 255 registers
-  static constexpr int kStages = kStages_;              // Q and dO tiles in shared memory
+  static constexpr int kMinCtas =
+      kWarps == 4 ? 2 : 1;                  // a multiprocessor: 8 warps of 255 registers
+  static constexpr int kStages = kStages_;  // Q and dO tiles in shared memory
   static constexpr bool kIsStaggered = kIsStaggered_;
   static constexpr int kScoreStages = kIsStaggered ? 2 : 1;  // P and dS tiles
   static_assert(!kIsStaggered || kStages == 3);
 
   // How the warps share the result of each product.
   static constexpr int kDimWarps = kHeadDim >= 256 ? 4 : kHeadDim / 64;
-  using ScoreWarps = WarpGrid<kBlockM, kBlockN, 2, kWarps / 2>;                    // S, dP
-  using KeyWarps = WarpGrid<kBlockN, kHeadDim, kWarps / kDimWarps, kDimWarps>;     // dK, dV
-  using QueryWarps = WarpGrid<kBlockM, kHeadDim, 2, kWarps / 2>;                   // dQ
+  using ScoreWarps = WarpGrid<kBlockM, kBlockN, 2, kWarps / 2>;                 // S, dP
+  using KeyWarps = WarpGrid<kBlockN, kHeadDim, kWarps / kDimWarps, kDimWarps>;  // dK, dV
+  using QueryWarps = WarpGrid<kBlockM, kHeadDim, 2, kWarps / 2>;                // dQ
 
   using KeyTile = device::SharedTile<kBlockN, kHeadDim>;
   using QueryTile = device::SharedTile<kBlockM, kHeadDim>;
@@ -206,7 +208,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   const BackwardPlan& plan = a.plan;
   BackwardPlace& place = smem.place;
 
-
   for (int slot = static_cast<int>(blockIdx.x % plan.key_stride); slot < plan.key_slots;) {
     if (threadIdx.x < 32) {
       const BackwardPlace found = BackwardPlace::find<kBlockM, kBlockN>(a, blockIdx.x, slot);
@@ -217,8 +218,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     __syncthreads();  // The place and the first steps are written.
     const Sequence& s = place.sequence;
 
-    // Where step i lies in the rings. NOTE: opaque, since the addresses that follow from it are worth
-    // no registers between their uses.
+    // Where step i lies in the rings. NOTE: opaque, since the addresses that follow from it are
+    // worth no registers between their uses.
     const auto step_of = [&](int i) -> const BackwardStep& { return smem.steps[opaque(i) % 4]; };
     const auto stage_of = [&](int i) { return opaque(i) % Traits::kStages; };
     const auto scores_of = [&](int i) { return opaque(i) % Traits::kScoreStages; };
@@ -260,11 +261,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 #pragma unroll
         for (int i = 0; i < ScoreWarps::kSize; ++i) (&rP[0][0][0])[i] *= factor;
         factor = 1.0f;
-        mask_scores(rP, s, BlockMask(p.mask, place.batch, step.head),
-                    step.row + ScoreWarps::row(), s.first_row + ScoreWarps::col());
+        mask_scores(rP, s, BlockMask(p.mask, place.batch, step.head), step.row + ScoreWarps::row(),
+                    s.first_row + ScoreWarps::col());
       }
       // P waits for dP in registers or, where they are short, in its lane's own places of shared
-      // memory: P's, or with dropout those that dS will take. A dropped element carries a minus sign.
+      // memory: P's, or with dropout those that dS will take. A dropped element carries a minus
+      // sign.
       constexpr bool kParksP = ScoreWarps::kSize > 32;
       const auto stats = [&](int m, int half) -> const float2& {
         return smem.stats[stage_of(i)][ScoreWarps::row() + lane_id() / 4 + 16 * m + 8 * half];
@@ -341,7 +343,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
       multiply_add<Element, kBlockN>(
           rDQ, Operand<ScoreTile, false>(smem.ds[scores_of(i)], rows_first(), QueryWarps::row()),
           Operand<KeyTile, true>(smem.k, rows_first(), QueryWarps::col()));
-      float* dq = place.dq_sum + query_tile(step_of(i)) * (kBlockM * kHeadDim) + opaque(threadIdx.x);
+      float* dq =
+          place.dq_sum + query_tile(step_of(i)) * (kBlockM * kHeadDim) + opaque(threadIdx.x);
 #pragma unroll
       for (int r = 0; r < QueryWarps::kSize; ++r) {
         ptx::red_add(dq + r * kThreads, (&rDQ[0][0][0])[r]);
@@ -363,15 +366,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     }
     ptx::cp_async_commit();
     if constexpr (Traits::kIsStaggered) {
-      // Two turns a step: half of the warps recompute step i + 1 and then accumulate step i, the other
-      // half the other way round. In the first round there is no step to accumulate yet.
-      #pragma unroll 1
+// Two turns a step: half of the warps recompute step i + 1 and then accumulate step i, the other
+// half the other way round. In the first round there is no step to accumulate yet.
+#pragma unroll 1
       for (int turn = -2; turn < 0 || step_of(turn / 2).exists(); ++turn) {
         const int i = turn >> 1;
         if (turn % 2 == 0) {
           ptx::cp_async_wait<0>();
-          // This step's P and dS are written and the next step's operands have arrived. The previous
-          // step is finished: its place in every ring is free.
+          // This step's P and dS are written and the next step's operands have arrived. The
+          // previous step is finished: its place in every ring is free.
           __syncthreads();
           if (step_of(i + 2).exists()) load(i + 2);
           ptx::cp_async_commit();
@@ -422,10 +425,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
       store_accumulator<Element, KeyWarps>(smem.k, rDK, p.scale * dropout);
       store_accumulator<Element, KeyWarps>(smem.v, rDV, dropout);
       __syncthreads();  // dK and dV are written before other threads copy them.
-      copy_rows<kThreads>(element_pointer<Element>(p.dk, place.batch, first_row, place.kv_head), p.dk.row_stride,
-                          smem.k, rows, static_cast<int>(p.head_dim));
-      copy_rows<kThreads>(element_pointer<Element>(p.dv, place.batch, first_row, place.kv_head), p.dv.row_stride,
-                          smem.v, rows, static_cast<int>(p.value_dim));
+      copy_rows<kThreads>(element_pointer<Element>(p.dk, place.batch, first_row, place.kv_head),
+                          p.dk.row_stride, smem.k, rows, static_cast<int>(p.head_dim));
+      copy_rows<kThreads>(element_pointer<Element>(p.dv, place.batch, first_row, place.kv_head),
+                          p.dv.row_stride, smem.v, rows, static_cast<int>(p.value_dim));
     }
     slot = place.slot + static_cast<int>(plan.key_stride);
     __syncthreads();  // Shared memory is free for the next key tile.

@@ -31,9 +31,9 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream) {
   const bool has_dropout = p.dropout.threshold > 0;
   const float dropout = dropout_scale(p.dropout);
 
-  if (const char* error = launch(preprocess_kernel<Element, Traits::kHeadDim, Traits::kBlockM>,
-                                 plan.batches * p.heads * plan.query_slots, kPreprocessThreads, 0,
-                                 stream, a)) {
+  if (const char* error =
+          launch(preprocess_kernel<Element, Traits::kHeadDim, Traits::kBlockM>,
+                 plan.batches * p.heads * plan.query_slots, kPreprocessThreads, 0, stream, a)) {
     return error;
   }
   const int64_t ctas = plan.batches * p.kv_heads * plan.key_splits * plan.key_stride;
@@ -51,11 +51,10 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream) {
                                 .heads = p.heads,
                                 .dim = static_cast<int>(p.head_dim),
                                 .scale = p.scale * dropout};
-  if (const char* error =
-          launch(postprocess_kernel<Element, typename Traits::QueryWarps, QueryTile,
-                                    Traits::kThreads, Axis::kQuery>,
-                 plan.batches * p.heads * plan.query_slots, Traits::kThreads, sizeof(QueryTile),
-                 stream, dq)) {
+  if (const char* error = launch(postprocess_kernel<Element, typename Traits::QueryWarps, QueryTile,
+                                                    Traits::kThreads, Axis::kQuery>,
+                                 plan.batches * p.heads * plan.query_slots, Traits::kThreads,
+                                 sizeof(QueryTile), stream, dq)) {
     return error;
   }
   if (plan.key_splits == 1) return nullptr;
@@ -69,19 +68,18 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream) {
                                    .heads = p.kv_heads,
                                    .dim = static_cast<int>(is_value ? p.value_dim : p.head_dim),
                                    .scale = is_value ? dropout : p.scale * dropout};
-    if (const char* error =
-            launch(postprocess_kernel<Element, typename Traits::KeyWarps, KeyTile,
-                                      Traits::kThreads, Axis::kKey>,
-                   plan.batches * p.kv_heads * plan.key_slots, Traits::kThreads, sizeof(KeyTile),
-                   stream, dkv)) {
+    if (const char* error = launch(postprocess_kernel<Element, typename Traits::KeyWarps, KeyTile,
+                                                      Traits::kThreads, Axis::kKey>,
+                                   plan.batches * p.kv_heads * plan.key_slots, Traits::kThreads,
+                                   sizeof(KeyTile), stream, dkv)) {
       return error;
     }
   }
   return nullptr;
 }
 
-// Tiles by head dim: queries x keys, warps, stages, staggered. The large form needs the shared memory
-// of an H100 (227 KB); the small form fits every GPU since sm_80 (99 KB).
+// Tiles by head dim: queries x keys, warps, stages, staggered. The large form needs the shared
+// memory of an H100 (227 KB); the small form fits every GPU since sm_80 (99 KB).
 template <typename Element, int kHeadDim>
 struct BackwardForms;
 template <typename Element>

@@ -10,8 +10,8 @@ namespace jax_flash::attention::sm80 {
 
 struct PostprocessArguments {
   Problem p;
-  Tensor out;           // [batch, rows, heads, dim]
-  const float* sum;     // [buffers][batches, heads, slots, register, thread]
+  Tensor out;        // [batch, rows, heads, dim]
+  const float* sum;  // [buffers][batches, heads, slots, register, thread]
   int64_t buffers, buffer_stride;
   int64_t slots, heads;
   int dim;
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();  // The tile is written before other threads copy it.
   const int first_row = (kAxis == Axis::kQuery ? s.query_start : s.key_start) + s.first_row;
   const int rows = (kAxis == Axis::kQuery ? s.query_rows : s.key_rows) - s.first_row;
-  copy_rows<kThreads>(element_pointer<Element>(a.out, batch, first_row, head), a.out.row_stride, tile,
-                      rows, a.dim);
+  copy_rows<kThreads>(element_pointer<Element>(a.out, batch, first_row, head), a.out.row_stride,
+                      tile, rows, a.dim);
 }
 
 }  // namespace jax_flash::attention::sm80

@@ -1,5 +1,5 @@
-// Before the backward: for every query row lse * log2(e) and delta = rowsum(dO * O) - dlse, and zeros
-// for dQ's sums. One CTA serves one query tile of one head.
+// Before the backward: for every query row lse * log2(e) and delta = rowsum(dO * O) - dlse, and
+// zeros for dQ's sums. One CTA serves one query tile of one head.
 #pragma once
 
 #include "attention/cuda/backward_plan.h"
@@ -16,8 +16,8 @@ struct BackwardArguments {
 
 inline constexpr int kPreprocessThreads = 256;
 
-// Rows that do not exist or that see no key get lse = +inf, so that their P is 0. delta is divided by
-// the dropout scale, which the backward applies to its results instead of to P and dP.
+// Rows that do not exist or that see no key get lse = +inf, so that their P is 0. delta is divided
+// by the dropout scale, which the backward applies to its results instead of to P and dP.
 template <typename Element, int kHeadDim, int kBlockM>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(const __grid_constant__ BackwardArguments a) {
@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   // Zero dQ's sums of this tile.
   constexpr int kVectors = kBlockM * kHeadDim / 4;
   for (int64_t buffer = 0; buffer < plan.dq_buffers; ++buffer) {
-    float4* sum = reinterpret_cast<float4*>(plan.dq_sum + buffer * plan.dq_elements) + tile * kVectors;
+    float4* sum =
+        reinterpret_cast<float4*>(plan.dq_sum + buffer * plan.dq_elements) + tile * kVectors;
     for (int i = threadIdx.x; i < kVectors; i += kPreprocessThreads) sum[i] = {};
   }
 

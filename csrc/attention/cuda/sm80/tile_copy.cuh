@@ -29,8 +29,8 @@ __device__ __forceinline__ void load_rows(Tile& tile, const Element* source, int
   }
 }
 
-// Calls visit(n, half, pair) for rows [16 m, 16 m + 16) of this warp's part of a WarpGrid, where pair
-// is the tile's place for the accumulator's elements 2 half and 2 half + 1, 16 bits each.
+// Calls visit(n, half, pair) for rows [16 m, 16 m + 16) of this warp's part of a WarpGrid, where
+// pair is the tile's place for the accumulator's elements 2 half and 2 half + 1, 16 bits each.
 template <class Warps, typename Tile, typename Visit>
 __device__ __forceinline__ void for_fragments(Tile& tile, int m, const Visit& visit) {
   const int lane = lane_id();
@@ -50,8 +50,7 @@ __device__ __forceinline__ void for_fragments(Tile& tile, int m, const Visit& vi
 
 // Writes scale * D.
 template <typename Element, class Warps, typename Tile>
-__device__ __forceinline__ void store_accumulator(Tile& tile,
-                                                  const typename Warps::Accumulator& rD,
+__device__ __forceinline__ void store_accumulator(Tile& tile, const typename Warps::Accumulator& rD,
                                                   float scale) {
 #pragma unroll
   for (int m = 0; m < Warps::kM; ++m) {
@@ -63,8 +62,8 @@ __device__ __forceinline__ void store_accumulator(Tile& tile,
 
 // Copies rows [0, rows) and columns [0, cols) of the tile to `destination`, 16 bytes a thread.
 template <int kThreads, typename Element, typename Tile>
-__device__ __forceinline__ void copy_rows(Element* destination, int64_t row_stride, const Tile& tile,
-                                          int rows, int cols) {
+__device__ __forceinline__ void copy_rows(Element* destination, int64_t row_stride,
+                                          const Tile& tile, int rows, int cols) {
   constexpr int kChunks = Tile::kCols / 8;
   const int thread = opaque(threadIdx.x);
 #pragma unroll
