@@ -1,6 +1,7 @@
-"""One small call of every CUDA kernel: what compute-sanitizer's racecheck repeats (tests/run_gpu.py).
+"""One small call of every CUDA kernel: what compute-sanitizer's racecheck repeats (run_gpu.py).
 
-More than two key tiles and two query tiles, ragged edges, so that every stage of every ring is used again.
+More than two key tiles and two query tiles, ragged edges, so that every stage of every ring is used
+again.
 """
 
 import numpy as np
