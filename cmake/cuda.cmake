@@ -1,1 +1,85 @@
-# _cuda: built where an nvcc is found.
+# _cuda: built where an nvcc is found; one object library per architecture.
+#
+#   JAX_FLASH_CUDA=AUTO|ON|OFF       AUTO builds _cuda if there is an nvcc, ON insists on it
+#   JAX_FLASH_NVCC_FROM_WHEELS=ON    takes nvcc from the wheels nvidia-cuda-nvcc, nvidia-nvvm,
+#                                    nvidia-cuda-crt, nvidia-cuda-cccl and nvidia-cuda-runtime of the
+#                                    Python that builds
+set(JAX_FLASH_CUDA "AUTO" CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
+set_property(CACHE JAX_FLASH_CUDA PROPERTY STRINGS AUTO ON OFF)
+option(JAX_FLASH_NVCC_FROM_WHEELS "Use nvcc from Python's nvidia-* wheels" OFF)
+
+if(NOT JAX_FLASH_CUDA)  # OFF, in all its spellings
+  return()
+endif()
+
+if(JAX_FLASH_NVCC_FROM_WHEELS)
+  # CUDA 13's wheels share one folder, nvidia/cu13, laid out as a toolkit but for the name of lib64.
+  execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/toolkit_from_wheels.py
+                          ${CMAKE_BINARY_DIR}/cuda-toolkit
+                  OUTPUT_VARIABLE JAX_FLASH_TOOLKIT OUTPUT_STRIP_TRAILING_WHITESPACE
+                  COMMAND_ERROR_IS_FATAL ANY)
+  set(CMAKE_CUDA_COMPILER ${JAX_FLASH_TOOLKIT}/bin/nvcc)
+  set(CUDAToolkit_ROOT ${JAX_FLASH_TOOLKIT})
+elseif(NOT CMAKE_CUDA_COMPILER)
+  find_program(JAX_FLASH_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH
+               PATHS /usr/local/cuda PATH_SUFFIXES bin)
+  if(JAX_FLASH_NVCC)
+    set(CMAKE_CUDA_COMPILER ${JAX_FLASH_NVCC})
+  endif()
+endif()
+if(NOT CMAKE_CUDA_COMPILER)
+  if(JAX_FLASH_CUDA STREQUAL "AUTO")
+    message(STATUS "jax_flash: no nvcc found, building for the CPU alone")
+    return()
+  endif()
+  message(FATAL_ERROR "jax_flash: JAX_FLASH_CUDA=ON: expected an nvcc on PATH, in CUDA_HOME or in "
+                      "/usr/local/cuda (or JAX_FLASH_NVCC_FROM_WHEELS=ON), found none")
+endif()
+
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # each object library names its own
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+enable_language(CUDA)
+find_package(CUDAToolkit 12.4 REQUIRED)
+message(STATUS "jax_flash: CUDA kernels with nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+
+# The kernels of one architecture: sources... compiled with the -gencode options given. A spill, a
+# stack frame or a serialised wgmma in any of them fails the build (check_ptxas.py).
+function(jax_flash_kernels name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "GENCODE;SOURCES")
+  add_library(${name} OBJECT ${arg_SOURCES})
+  target_include_directories(${name} PRIVATE csrc)
+  set(flags -Xptxas -v,--warn-on-spills -diag-suppress 177)
+  foreach(gencode IN LISTS arg_GENCODE)
+    list(APPEND flags "SHELL:-gencode ${gencode}")
+  endforeach()
+  target_compile_options(${name} PRIVATE ${flags})
+  set_target_properties(${name} PROPERTIES CUDA_COMPILER_LAUNCHER
+    "${Python_EXECUTABLE};${PROJECT_SOURCE_DIR}/cmake/check_ptxas.py")
+  target_sources(_cuda PRIVATE $<TARGET_OBJECTS:${name}>)
+endfunction()
+
+nanobind_add_module(_cuda STABLE_ABI NB_STATIC
+  csrc/common/module_cuda.cc
+  csrc/attention/ffi_cuda.cc)
+target_include_directories(_cuda PRIVATE csrc ${XLA_FFI_INCLUDE})
+target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
+# cudart stays private: JAX brings its own. Nothing links libcuda, so _cuda imports without a driver.
+target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)
+set_target_properties(_cuda PROPERTIES LINKER_LANGUAGE CXX CUDA_RUNTIME_LIBRARY None)
+
+# sm_80 is the complete implementation. Its machine code serves Ampere and Ada; Hopper gets its own
+# from the same PTX, since compiling it at the first call would take tens of seconds; newer GPUs
+# compile the PTX.
+file(GLOB sm80_sources CONFIGURE_DEPENDS csrc/attention/cuda/*.cu csrc/attention/cuda/instances/*.cu)
+jax_flash_kernels(sm80
+  GENCODE "arch=compute_80,code=[sm_80,compute_80]" "arch=compute_80,code=sm_90"
+  SOURCES ${sm80_sources})
+
+# sm_90a: kernels on TMA and wgmma, which only that architecture assembles.
+set(sm90_sources)
+if(sm90_sources)
+  jax_flash_kernels(sm90 GENCODE "arch=compute_90a,code=sm_90a" SOURCES ${sm90_sources})
+endif()
+
+install(TARGETS _cuda LIBRARY DESTINATION jax_flash)

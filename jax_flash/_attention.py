@@ -100,12 +100,18 @@ def static_scale(scale: Any, head_dim: int) -> float:
     return float(scale)
 
 
+def static_flag(name: str, flag: Any) -> bool:
+    if isinstance(flag, jax.core.Tracer) or not isinstance(flag, (bool, np.bool_)):
+        refuse(name, "a Python bool (static)", type(flag).__name__, TypeError)
+    return bool(flag)
+
+
 def window(local_window_size: Any, is_causal: bool) -> tuple[int, int]:
     """(left, right) as the kernels take them: -1 is without limit."""
     left, right = -1, -1
     if local_window_size is not None:
         sizes = local_window_size
-        sizes = (sizes, sizes) if isinstance(sizes, (int, np.integer)) else tuple(sizes)
+        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes, sizes)
         if len(sizes) != 2 or not all(isinstance(s, (int, np.integer)) and s >= 0 for s in sizes):
             refuse("local_window_size", "an int >= 0 or a pair of them", local_window_size)
         # No two positions are further apart than int32 reaches.
@@ -296,8 +302,8 @@ def attend(config: AttentionConfig, tensors, options, return_lse: bool):
 
 
 def pad_head_dim(x: jax.Array) -> jax.Array:
-    """The last axis to a multiple of 8, with zeros: they change neither scores nor outputs."""
-    if (extra := -x.shape[-1] % 8) == 0:
+    """The last axis to 8, 16, ..., with zeros: they change neither scores nor outputs."""
+    if (extra := max(8, -(-x.shape[-1] // 8) * 8) - x.shape[-1]) == 0:
         return x
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
 

@@ -107,6 +107,8 @@ def _attention(
     shared.check_sizes(seq_q, seq_k)
     scale = shared.static_scale(scale, head_dim)
     offset, bottom_right = shared.offset_operand(causal_offset, batch)
+    is_causal = shared.static_flag("is_causal", is_causal)
+    deterministic = shared.static_flag("deterministic", deterministic)
     left, right = shared.window(local_window_size, is_causal)
     threshold, dropout_state, head_ids = shared.dropout_operands(
         dropout_rate, dropout_key, batch, heads
@@ -186,13 +188,19 @@ def _with_scores(config, call, bias, mask, options):
     shared.warn_once(
         "jax_flash.attention: bias and mask have no kernel yet; XLA's compiled form runs instead."
     )
-    return attention_xla.chunked(config, *call.separate(), bias, mask, options)
+    tensors = map(shared.pad_head_dim, call.separate())
+    out, lse = attention_xla.chunked(config, *tensors, bias, mask, options)
+    return out[..., : call.value_dim], lse
 
 
 def _probabilities(config, call, bias, mask, options) -> AttentionProbs:
     """P and the dropout mask, whole, by the chunked form's own pieces on one chunk."""
-    query, key, _ = call.separate()
+    query, key, _ = map(shared.pad_head_dim, call.separate())
     seq_q, seq_k = query.shape[-3], key.shape[-3]
+    if 0 in (*query.shape, seq_k):
+        shape = (*query.shape[:-3], query.shape[-2], seq_q, seq_k)
+        keep = jnp.ones(shape, jnp.bool_) if config.dropout_threshold else None
+        return AttentionProbs(jnp.zeros(shape, jnp.float32), keep)
     rows = -(-seq_q // 16) * 16
     plan = attention_xla.plan(config, seq_q, seq_k, *options)
     plan = attention_xla.pad_plan(plan, rows)

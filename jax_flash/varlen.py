@@ -70,6 +70,8 @@ def _varlen(
     if cu_q.shape[-1] != cu_k.shape[-1]:
         shared.refuse(names[1], f"as many entries as {names[0]} ({cu_q.shape[-1]})", cu_k.shape[-1])
     offset, bottom_right = shared.offset_operand(causal_offset, batch)
+    is_causal = shared.static_flag("is_causal", is_causal)
+    deterministic = shared.static_flag("deterministic", deterministic)
     left, right = shared.window(local_window_size, is_causal)
     threshold, dropout_state, head_ids = shared.dropout_operands(
         dropout_rate, dropout_key, batch, heads

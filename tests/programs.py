@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flash._ops import _register
+from jax_flash._ops import _op, _register
 
 
 def installed(platform: str) -> pytest.MarkDecorator:
@@ -134,3 +134,8 @@ _COLLECTIVES = (
 
 def collectives(compiled_text: str) -> dict[str, int]:
     return dict(collections.Counter(re.findall(_COLLECTIVES, compiled_text)))
+
+
+def forget_warnings() -> None:
+    """Warnings that are given once are given again."""
+    _op.warn_once.cache_clear()

@@ -21,6 +21,16 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// Two accumulators side by side (16 columns) -> operand A of the next mma.
+template <typename Element>
+__device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&left)[4],
+                                             const float (&right)[4]) {
+  a[0] = pack<Element>(left[0], left[1]);
+  a[1] = pack<Element>(left[2], left[3]);
+  a[2] = pack<Element>(right[0], right[1]);
+  a[3] = pack<Element>(right[2], right[3]);
+}
+
 template <typename Element>
 __device__ __forceinline__ float2 unpack(uint32_t pair);
 template <>

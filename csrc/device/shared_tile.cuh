@@ -28,8 +28,8 @@ struct alignas(1024) SharedTile {
   }
 };
 
-// Where this lane's ldmatrix row lies, for 16x16 blocks at (row, col), both multiples of 16. The
-// swizzle of a lane does not change from block to block, so a block costs one XOR.
+// Where this lane's ldmatrix row lies, for 16x16 blocks at (first_row + row, col), all multiples
+// of 16. The swizzle of a lane does not change from block to block, so a block costs one XOR.
 template <typename Tile>
 class LdmatrixAddress {
  public:
@@ -39,11 +39,11 @@ class LdmatrixAddress {
   //             operand B from [n][k]
   enum class Order { kRowsFirst, kColsFirst };
 
-  __device__ LdmatrixAddress(const Tile& tile, Order order) {
+  __device__ LdmatrixAddress(const Tile& tile, Order order, int first_row = 0) {
     const int lane = threadIdx.x % 32, inner = lane / 8 % 2, outer = lane / 16;
     const int row = lane % 8 + 8 * (order == Order::kRowsFirst ? inner : outer);
     const int col = 8 * (order == Order::kRowsFirst ? outer : inner);
-    lane_address_ = ptx::shared_address(&tile) + Tile::offset(row, col);
+    lane_address_ = ptx::shared_address(&tile) + Tile::offset(first_row + row, col);
   }
 
   __device__ __forceinline__ uint32_t operator()(int row, int col, uint32_t tile_offset = 0) const {

@@ -203,6 +203,11 @@ class Op:
         on_results = [i for i, x in enumerate(results) if not is_off(x)]
 
         def local(*shards):
+            # One shard knows of no mesh: a sharding named in here would outlive the partitioner.
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                return one_shard(*shards)
+
+        def one_shard(*shards):
             given = iter(shards)
             full = [
                 next(given) if i in on else jnp.zeros(a.shape, a.dtype) for i, a in enumerate(avals)
@@ -227,7 +232,7 @@ class Op:
         def infer_sharding_from_operands(mesh, arg_shapes, result_shapes):
             return specs(mesh, arg_shapes)[1]
 
-        call = custom_partitioning(local)
+        call = custom_partitioning(one_shard)
         signature, operand_axes, result_axes, sizes = self._named_axes(config, avals)
         rule, factors = _shardy_rule(
             signature, [operand_axes[i] for i in on], [result_axes[i] for i in on_results], sizes

@@ -82,6 +82,16 @@ def plan(config, seq_q, seq_k, query_lengths, key_lengths, causal_offset, *rest)
     return Plan(query, key, offset, *rest, sequences)
 
 
+def _existing(x, positions: Positions):
+    """`x` [*batch, rows, N, H] with zeros in rows that nobody owns.
+
+    Such rows may hold anything, NaN too, which a product with a probability of 0 would let through.
+    """
+    if positions.sequence is None:
+        return x
+    return jnp.where((positions.sequence >= 0)[..., None, None], x, 0)
+
+
 def split_packed(config, query, key, value):
     if config.packing == 2:
         return tuple(jnp.moveaxis(query, -3, 0))
@@ -264,10 +274,14 @@ def chunked(config, query, key, value, bias, mask, options):
       (out [*batch, T, N, Hv], lse [*batch, N, T]).
     """
     seq_q, seq_k = query.shape[-3], key.shape[-3]
+    p = plan(config, seq_q, seq_k, *options)
+    query, key, value = (
+        _existing(x, rows) for x, rows in ((query, p.query), (key, p.key), (value, p.key))
+    )
     batch = _size(jnp.broadcast_shapes(query.shape[:-3], key.shape[:-3]))
     rows = _chunk_rows(batch, query.shape[-2], seq_q, seq_k)
     count = -(-seq_q // rows)
-    p = pad_plan(plan(config, seq_q, seq_k, *options), rows * count)
+    p = pad_plan(p, rows * count)
 
     def per_row(x):  # bias and mask may be shared along the queries
         if x is None or x.shape[-2] == 1:
@@ -318,10 +332,15 @@ def backward(config, query, key, value, out, lse, dout, dlse, *options):
     wide = jnp.promote_types(q.dtype, jnp.float32)
     rows = _chunk_rows(_size(lead), q.shape[-2], seq_q, seq_k)
     count = -(-seq_q // rows)
-    p = pad_plan(plan(config, seq_q, seq_k, *options), rows * count)
+    p = plan(config, seq_q, seq_k, *options)
+    q, out, dout = (_existing(x, p.query) for x in (q, out, dout))
+    k, v = (_existing(x, p.key) for x in (k, v))
     delta = jnp.einsum("...tnh,...tnh->...nt", dout.astype(wide), out.astype(wide))
     if dlse.shape != (0,):
-        delta = delta - dlse
+        delta = delta - _existing(dlse.swapaxes(-1, -2)[..., None], p.query)[..., 0].swapaxes(
+            -1, -2
+        )
+    p = pad_plan(p, rows * count)
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)
 
     @jax.checkpoint

@@ -82,52 +82,72 @@ struct BlockMask {
   }
 };
 
-// Visits the tiles of a range in the order of kStep (+1, -1): next() until it returns kEnd. With
-// axis == kQuery the CTA owns the queries and walks over key tiles, else the other way round. All
-// lanes of a warp must call next() together; every warp sees the same tiles.
+// A tile on the way, and whether it needs no element mask: one register.
+class TileStep {
+ public:
+  __device__ TileStep(int tile, bool is_full) : code_(tile * 2 + (is_full ? 1 : 0)) {}
+  __device__ static TileStep end() { return {-1, false}; }
+  __device__ bool is_end() const { return code_ < 0; }
+  __device__ int tile() const { return code_ >> 1; }
+  __device__ bool is_full() const { return (code_ & 1) != 0; }
+
+ private:
+  int code_;
+};
+
+// Visits the tiles of a range in the order of kStep (+1 or -1). With kOwn == kQuery the CTA owns
+// queries from row s.first_row on and walks over key tiles, else the other way round. All lanes of
+// a warp must call first() and next() together; every warp sees the same tiles. NOTE: everything is
+// kept by reference, to be in shared memory: without a block mask a walk then costs no registers.
 template <int kBlockM, int kBlockN, Axis kOwn, int kStep>
 class TileWalk {
  public:
-  static constexpr int kEnd = -1;
+  // Where a warp stands in the block mask: the tiles from `first` on, one bit each. One a warp.
+  struct Window {
+    int first;
+    uint32_t active, full;  // active: those not yet visited
+  };
 
-  // The CTA's own tile starts at s.first_row. NOTE: keeps references, so that what is rarely used
-  // can live in shared memory and cost no registers.
-  __device__ TileWalk(const TileRange& range, const BlockMask& blocks, const Sequence& s)
-      : range_(range),
-        blocks_(blocks),
-        s_(s),
-        has_blocks_(blocks.data != nullptr),
-        candidate_(kStep > 0 ? range.begin : range.end - 1) {}
-  TileWalk(TileRange&&, const BlockMask&, const Sequence&) = delete;
-  TileWalk(const TileRange&, BlockMask&&, const Sequence&) = delete;
+  __device__ TileWalk(const TileRange& range, const BlockMask& blocks, const Sequence& s,
+                      Window& window)
+      : range_(range), blocks_(blocks), s_(s), window_(window) {}
+  TileWalk(TileRange&&, const BlockMask&, const Sequence&, Window&) = delete;
+  TileWalk(const TileRange&, BlockMask&&, const Sequence&, Window&) = delete;
 
-  // The next tile; is_full says that it needs no element mask.
-  __device__ int next(bool& is_full) {
-    if (!has_blocks_) {
-      if (!in_range(candidate_)) return kEnd;
-      const int tile = candidate_;
-      candidate_ += kStep;
-      is_full = range_.is_full(tile);
-      return tile;
-    }
-    while (active_ == 0) {
-      if (!in_range(candidate_)) return kEnd;
-      look_at_32();
-    }
-    const int bit = __ffs(active_) - 1;
-    active_ &= active_ - 1;
-    const int tile = window_ + kStep * bit;
-    is_full = (full_ >> bit & 1) != 0 && range_.is_full(tile);
-    return tile;
+  __device__ TileStep first() const {
+    const int tile = kStep > 0 ? range_.begin : range_.end - 1;
+    if (blocks_.data == nullptr) return plain(tile);
+    return next_active({tile - 32 * kStep, 0, 0});
+  }
+  __device__ TileStep next(TileStep step) const {
+    if (blocks_.data == nullptr) return plain(step.tile() + kStep);
+    return next_active(window_);
   }
 
  private:
   __device__ bool in_range(int tile) const { return range_.begin <= tile && tile < range_.end; }
 
-  __device__ void look_at_32() {
-    window_ = candidate_;
-    candidate_ += 32 * kStep;
-    const int tile = window_ + kStep * static_cast<int>(threadIdx.x % 32);
+  __device__ TileStep plain(int tile) const {
+    return in_range(tile) ? TileStep(tile, range_.is_full(tile)) : TileStep::end();
+  }
+
+  __device__ TileStep next_active(Window window) const {
+    while (window.active == 0) {
+      window.first += 32 * kStep;
+      if (!in_range(window.first)) return TileStep::end();
+      look_at_32(window);
+    }
+    const int bit = __ffs(window.active) - 1;
+    window.active &= window.active - 1;
+    __syncwarp();  // every lane has read the old window
+    window_ = window;
+    __syncwarp();  // and will read the new one
+    const int tile = window.first + kStep * bit;
+    return {tile, (window.full >> bit & 1) != 0 && range_.is_full(tile)};
+  }
+
+  __device__ void look_at_32(Window& window) const {
+    const int tile = window.first + kStep * static_cast<int>(threadIdx.x % 32);
     bool any = false, all = false;
     if (in_range(tile)) {
       const int row = kOwn == Axis::kQuery ? s_.first_row : tile * kBlockM;
@@ -135,18 +155,14 @@ class TileWalk {
       blocks_.classify(row, min(row + kBlockM, s_.query_length), col,
                        min(col + kBlockN, s_.key_length), any, all);
     }
-    active_ = __ballot_sync(device::kWarp, any);
-    full_ = __ballot_sync(device::kWarp, all);
+    window.active = __ballot_sync(device::kWarp, any);
+    window.full = __ballot_sync(device::kWarp, all);
   }
 
   const TileRange& range_;
   const BlockMask& blocks_;
   const Sequence& s_;
-  bool has_blocks_;
-  int candidate_;   // next tile to look at
-  int window_ = 0;  // tile of bit 0 of active_
-  uint32_t active_ = 0,
-           full_ = 0;  // of the 32 tiles from window_ on; active_: those not yet visited
+  Window& window_;
 };
 
 }  // namespace jax_flash::attention

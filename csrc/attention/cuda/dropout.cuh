@@ -11,8 +11,8 @@ class Dropout {
  public:
   __device__ Dropout(const DropoutParams& p, int64_t num_sequences, const BatchIndex& batch,
                      const Sequence& s, int head)
-      : threshold_(p.threshold) {
-    if (p.threshold == 0) return;
+      : threshold_high_(p.threshold << 16) {
+    if (p.threshold == 0) return;  // the state may be absent
     const uint32_t* state = batch.of(p.state);
     key0_ = state[0];
     key1_ = state[1];
@@ -31,30 +31,33 @@ class Dropout {
   }
   // Of a draw word: is the even (odd) column kept?
   __device__ __forceinline__ bool keeps_even(uint32_t word) const {
-    return word << 16 >= threshold_ << 16;
+    return word << 16 >= threshold_high_;
   }
   __device__ __forceinline__ bool keeps_odd(uint32_t word) const {
-    return word >= threshold_ << 16;
+    return word >= threshold_high_;
   }
-  // Zeroes the dropped elements of the 16x16 block of P at (row, col), packed as an mma operand A.
-  __device__ __forceinline__ void apply(uint32_t (&rP)[4], int row, int col) const {
+  // Zeroes the dropped elements of the 16x16 block of P at (row, col), held as two accumulators
+  // side by side.
+  __device__ __forceinline__ void apply(float (&left)[4], float (&right)[4], int row,
+                                        int col) const {
     const Philox4 words = bits(row, col);
-    rP[0] &= kept_halves(words.x);
-    rP[1] &= kept_halves(words.z);
-    rP[2] &= kept_halves(words.y);
-    rP[3] &= kept_halves(words.w);
+    drop(left[0], left[1], words.x);
+    drop(right[0], right[1], words.y);
+    drop(left[2], left[3], words.z);
+    drop(right[2], right[3], words.w);
   }
-  __device__ __forceinline__ uint32_t kept_halves(uint32_t word) const {
-    return (keeps_even(word) ? 0x0000ffffu : 0u) | (keeps_odd(word) ? 0xffff0000u : 0u);
+  __device__ __forceinline__ void drop(float& even, float& odd, uint32_t word) const {
+    if (!keeps_even(word)) even = 0.0f;
+    if (!keeps_odd(word)) odd = 0.0f;
   }
   // Of an arbitrary element, counted from the sequence's start.
   __device__ __forceinline__ bool keeps(int row, int col) const {
     return dropout_draw(philox(dropout_counter(row, col, head_, batch_), key0_, key1_), row, col) >=
-           threshold_;
+           threshold_high_ >> 16;
   }
 
  private:
-  uint32_t key0_ = 0, key1_ = 0, head_ = 0, batch_ = 0, threshold_;
+  uint32_t key0_ = 0, key1_ = 0, head_ = 0, batch_ = 0, threshold_high_;
 };
 
 // What the kept elements are multiplied by.

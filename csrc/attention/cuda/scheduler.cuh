@@ -17,7 +17,7 @@ struct Schedule {
 
 struct Work {
   int slot, head;
-  int64_t batch;
+  uint32_t batch;
 
   __device__ Work(const Schedule& schedule, int heads, uint32_t cta) {
     const uint32_t slots = schedule.slots, group = schedule.group;

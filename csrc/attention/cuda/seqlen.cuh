@@ -26,13 +26,13 @@ __host__ __device__ inline int64_t num_batches(const Problem& p) {
 
 // One entry of the leading batch axes.
 struct BatchIndex {
-  int64_t index;
-  int64_t axis[kBatchDims];
+  uint32_t axis[kBatchDims];
 
-  __device__ BatchIndex(const Problem& p, int64_t flat) : index(flat) {
-    axis[2] = flat % p.batch_shape[2];
-    axis[1] = flat / p.batch_shape[2] % p.batch_shape[1];
-    axis[0] = flat / p.batch_shape[2] / p.batch_shape[1];
+  __device__ BatchIndex(const Problem& p, uint32_t flat) {
+    const uint32_t b1 = p.batch_shape[1], b2 = p.batch_shape[2];
+    axis[2] = flat % b2;
+    axis[1] = flat / b2 % b1;
+    axis[0] = flat / b2 / b1;
   }
   __device__ int64_t offset(const BatchStrides& b) const {
     return axis[0] * b.stride[0] + axis[1] * b.stride[1] + axis[2] * b.stride[2];

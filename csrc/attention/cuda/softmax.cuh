@@ -47,16 +47,14 @@ class OnlineSoftmax {
     }
     if (__any_sync(device::kWarp, moves)) move_reference(tile_max, rO);
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
+    for (int n = 0; n < kN; ++n) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            rS[m][n][e] = ptx::exp2_approx(fmaf(rS[m][n][e], scale_log2_, -max_log2_[m][half]));
-            sum_[m][half] += rS[m][n][e];
-          }
+        for (int e = 0; e < 4; ++e) {
+          float& score = rS[m][n][e];
+          score = ptx::exp2_approx(fmaf(score, scale_log2_, -max_log2_[m][e / 2]));
+          sum_[m][e / 2] += score;
         }
       }
     }
@@ -72,12 +70,12 @@ class OnlineSoftmax {
   }
   // 1 / l, or 0 for a row that saw no key.
   __device__ float normalizer(int m, int half) const {
-    return sum_[m][half] == 0.0f ? 0.0f : 1.0f / sum_[m][half];
+    return sum_[m][half] == 0.0f ? 0.0f : __fdividef(1.0f, sum_[m][half]);
   }
   // log sum exp (natural), or -inf for a row that saw no key.
   __device__ float lse(int m, int half) const {
     constexpr float kLn2 = 0.693147180559945309f;
-    return sum_[m][half] == 0.0f ? -INFINITY : (max_log2_[m][half] + log2f(sum_[m][half])) * kLn2;
+    return sum_[m][half] == 0.0f ? -INFINITY : (max_log2_[m][half] + __log2f(sum_[m][half])) * kLn2;
   }
 
  private:

@@ -17,18 +17,22 @@
 
 namespace jax_flash::attention::sm80 {
 
-// Tile sizes by head dim. Two CTAs share an SM, so that one multiplies while the other is in
-// softmax; each has at most 99 KB of shared memory, what Ada and consumer Ampere have.
-template <int kHeadDim>
+// Tile sizes. Two CTAs share an SM, so that one multiplies while the other is in softmax; each has
+// at most 99 KB of shared memory, what Ada and consumer Ampere have, and 255 registers a thread:
+// that is what limits kBlockN, the more so where random bits are drawn. Measured on an H200:
+// docs/kernels/log.md.
+template <int kHeadDim, bool kHasDropout>
 struct ForwardTiles {
-  static constexpr int kCtasPerSm = 2;
+  static constexpr int kWarps = 4, kCtasPerSm = 2;
   static constexpr int kBlockM = kHeadDim <= 128 ? 128 : 64;
-  static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;
-  static constexpr bool kQueryInRegisters = kHeadDim <= 64;
+  static constexpr int kBlockN = kHeadDim <= 64    ? (kHasDropout ? 64 : 128)
+                                 : kHeadDim <= 128 ? (kHasDropout && kHeadDim == 128 ? 48 : 64)
+                                                   : 32;
+  static constexpr bool kQueryInRegisters = kHeadDim <= 64 && kHasDropout;
 };
 
 template <typename Element_, int kHeadDim_, bool kHasDropout_,
-          typename Tiles = ForwardTiles<kHeadDim_>>
+          typename Tiles = ForwardTiles<kHeadDim_, kHasDropout_>>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;  // of Q, K and V in shared memory; short ones padded
@@ -37,12 +41,25 @@ struct ForwardTraits {
   static constexpr int kBlockM = Tiles::kBlockM, kBlockN = Tiles::kBlockN;
   static constexpr int kCtasPerSm = Tiles::kCtasPerSm, kStages = 2;
   static constexpr bool kQueryInRegisters = Tiles::kQueryInRegisters;
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kWarps = Tiles::kWarps, kThreads = 32 * kWarps;
   static constexpr int kWarpM = kBlockM / kWarps;  // rows of a warp
   static constexpr int kFragmentsM = kWarpM / 16;
   static constexpr int kFragmentsN = kBlockN / 8;
   static constexpr int kFragmentsD = kHeadDim / 8;
 
+  using Walk = TileWalk<kBlockM, kBlockN, Axis::kQuery, -1>;
+
+  // What this CTA works on: here and not in registers, because the main loop rarely looks at it.
+  struct Job {
+    Sequence s;
+    TileRange range;
+    BlockMask blocks;
+    Dropout dropout;
+    const Element *q, *k, *v;  // row 0 of the sequence, this head
+    Element* o;
+    float* lse;
+    typename Walk::Window window[kWarps];
+  };
   using QueryTile = device::SharedTile<kBlockM, kHeadDim>;
   using KeyTile = device::SharedTile<kBlockN, kHeadDim>;  // values too
   struct Stage {
@@ -51,15 +68,13 @@ struct ForwardTraits {
   struct Smem {
     QueryTile query;  // at the end: O on its way out
     Stage stage[kStages];
-    Sequence sequence;  // here and not in registers: needed by few tiles
-    BlockMask blocks;
-    TileRange range;
+    Job job;
   };
   static_assert(sizeof(Smem) <= 99 * 1024);
 };
 
-// Makes a scale that is not positive positive: Q -> -Q, or Q -> 0 with scale_log2 = 1, so that the
-// maximum of S is that of scale S.
+// For a scale that is not positive: Q -> -Q, or Q -> 0, so that the kernel may work with scale_log2
+// = |scale| log2(e), or 1, and the maximum of S is that of scale S.
 template <typename Traits>
 __device__ void fold_scale_sign(typename Traits::Smem& smem, float scale) {
   auto* pairs = reinterpret_cast<uint32_t*>(smem.query.data);
@@ -69,79 +84,81 @@ __device__ void fold_scale_sign(typename Traits::Smem& smem, float scale) {
 }
 
 template <typename Traits>
+__device__ void find_job(const ForwardParams& p, const Schedule& schedule,
+                         typename Traits::Job& job) {
+  using Element = typename Traits::Element;
+  const Work work(schedule, static_cast<int>(p.heads), blockIdx.x);
+  const BatchIndex batch(p, work.batch);
+  const Sequence s = find_sequence(p, batch, Axis::kQuery, Traits::kBlockM, work.slot);
+  const int kv_head = work.head / static_cast<int>(p.heads / p.kv_heads);
+  if (threadIdx.x == 0) {
+    job = {.s = s,
+           .range = key_tiles<Traits::kBlockM, Traits::kBlockN>(s, s.first_row),
+           .blocks = BlockMask(p.mask, batch, work.head),
+           .dropout = Dropout(p.dropout, p.num_sequences, batch, s, work.head),
+           .q = element_pointer<Element>(p.q, batch, s.query_start, work.head),
+           .k = element_pointer<Element>(p.k, batch, s.key_start, kv_head),
+           .v = element_pointer<Element>(p.v, batch, s.key_start, kv_head),
+           .o = element_pointer<Element>(p.o, batch, s.query_start, work.head),
+           .lse = row_pointer(p.lse, batch, s.query_start, work.head)};
+  }
+}
+
+template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     forward_kernel(const __grid_constant__ ForwardParams p,
-                   const __grid_constant__ Schedule schedule) {
+                   const __grid_constant__ Schedule schedule, const float scale_log2) {
   using Element = typename Traits::Element;
   using QueryTile = typename Traits::QueryTile;
   using KeyTile = typename Traits::KeyTile;
-  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  constexpr int kBlockN = Traits::kBlockN;
   constexpr int kFragmentsM = Traits::kFragmentsM, kFragmentsD = Traits::kFragmentsD;
-  using Walk = TileWalk<kBlockM, kBlockN, Axis::kQuery, -1>;
-
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
 
-  // Find this CTA's rows.
-  const Work work(schedule, p.heads, blockIdx.x);
-  const BatchIndex batch(p, work.batch);
-  {
-    const Sequence found = find_sequence(p, batch, Axis::kQuery, kBlockM, work.slot);
-    if (found.slot_is_empty(Axis::kQuery)) return;
-    if (threadIdx.x == 0) {
-      smem.sequence = found;
-      smem.blocks = BlockMask(p.mask, batch, work.head);
-      smem.range = key_tiles<kBlockM, kBlockN>(found, found.first_row);
-    }
-    __syncthreads();  // publishes them
-  }
-  const Sequence& s = smem.sequence;
-  const int kv_head = work.head / static_cast<int>(p.heads / p.kv_heads);
+  // Find this CTA's rows: warp 0 for all.
+  auto& job = smem.job;
+  if (threadIdx.x < 32) find_job<Traits>(p, schedule, job);
+  __syncthreads();  // publishes the job
+  const Sequence& s = job.s;
+  if (s.slot_is_empty(Axis::kQuery)) return;
+  const typename Traits::Walk walk(job.range, job.blocks, s, job.window[threadIdx.x / 32]);
+
   const int lane = threadIdx.x % 32;
   const int warp_row = threadIdx.x / 32 * Traits::kWarpM;
-  Walk walk(smem.range, smem.blocks, s);
-  const device::TileLoader<KeyTile, Traits::kThreads> load_key(
-      element_pointer<Element>(p.k, batch, s.key_start, kv_head), p.k.row_stride, s.key_length,
-      p.head_dim);
-  const device::TileLoader<KeyTile, Traits::kThreads> load_value(
-      element_pointer<Element>(p.v, batch, s.key_start, kv_head), p.v.row_stride, s.key_length,
-      p.value_dim);
-
-  [[maybe_unused]] const Dropout dropout(p.dropout, p.num_sequences, batch, s, work.head);
-
-  float scale_log2 = p.scale * 1.44269504088896341f;
+  const auto load_key_value = [&](auto& stage, int row) {
+    using Loader = device::TileLoader<KeyTile, Traits::kThreads>;
+    Loader(job.k, p.k.row_stride, s.key_length, p.head_dim)(stage.key, row);
+    Loader(job.v, p.v.row_stride, s.key_length, p.value_dim)(stage.value, row);
+    ptx::cp_async_commit();
+  };
   float rO[kFragmentsM][kFragmentsD][4] = {};
 
   using QueryAddress = device::LdmatrixAddress<QueryTile>;
   using KeyAddress = device::LdmatrixAddress<KeyTile>;
-  const QueryAddress query_address(smem.query, QueryAddress::Order::kRowsFirst);
+  const QueryAddress query_address(smem.query, QueryAddress::Order::kRowsFirst, warp_row);
   const KeyAddress key_address(smem.stage[0].key, KeyAddress::Order::kColsFirst);
   const KeyAddress value_address(smem.stage[0].value, KeyAddress::Order::kRowsFirst);
   uint32_t rQ[Traits::kQueryInRegisters ? Traits::kHeadDim / 16 : 1][kFragmentsM][4];
   const auto load_fragments = [&](uint32_t (&fragments)[kFragmentsM][4], int k) {
 #pragma unroll
     for (int m = 0; m < kFragmentsM; ++m) {
-      ptx::ldmatrix_x4(fragments[m], query_address(warp_row + 16 * m, k));
+      ptx::ldmatrix_x4(fragments[m], query_address(16 * m, k));
     }
   };
 
   // Start the copies of Q and of the first K and V.
-  bool is_full = false;
-  int tile = walk.next(is_full);
-  if (tile != Walk::kEnd) {
-    const device::TileLoader<QueryTile, Traits::kThreads> load_query(
-        element_pointer<Element>(p.q, batch, s.query_start, work.head), p.q.row_stride,
-        s.query_length, p.head_dim);
+  TileStep step = walk.first();
+  if (!step.is_end()) {
+    const device::TileLoader<QueryTile, Traits::kThreads> load_query(job.q, p.q.row_stride,
+                                                                     s.query_length, p.head_dim);
     load_query(smem.query, s.first_row);
     ptx::cp_async_commit();
-    load_key(smem.stage[0].key, tile * kBlockN);
-    load_value(smem.stage[0].value, tile * kBlockN);
-    ptx::cp_async_commit();
+    load_key_value(smem.stage[0], step.tile() * kBlockN);
     ptx::cp_async_wait<1>();
     __syncthreads();  // Q, copied by all threads, is visible
     if (!(p.scale > 0.0f)) {
       fold_scale_sign<Traits>(smem, p.scale);
-      scale_log2 = p.scale == 0.0f ? 1.0f : -scale_log2;
       __syncthreads();  // so is the change
     }
     if constexpr (Traits::kQueryInRegisters) {
@@ -151,18 +168,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   }
   OnlineSoftmax<kFragmentsM> softmax(scale_log2);
 
-  for (int stage = 0; tile != Walk::kEnd; stage ^= 1) {
-    bool next_is_full = false;
-    const int next_tile = walk.next(next_is_full);
+  for (int stage = 0; !step.is_end(); stage ^= 1) {
+    const TileStep next_step = walk.next(step);
+    const int col = step.tile() * kBlockN;
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage's K and V are visible, and nobody reads the other stage any more
 
     // Start the copies of the next K and V.
-    if (next_tile != Walk::kEnd) {
-      load_key(smem.stage[stage ^ 1].key, next_tile * kBlockN);
-      load_value(smem.stage[stage ^ 1].value, next_tile * kBlockN);
-    }
-    ptx::cp_async_commit();
+    if (!next_step.is_end()) load_key_value(smem.stage[stage ^ 1], next_step.tile() * kBlockN);
     const uint32_t stage_offset = stage * sizeof(typename Traits::Stage);
 
     // S = Q K^T
@@ -185,7 +198,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     }
 
     // P = softmax numerator of S
-    if (!is_full) mask_scores(rS, s, smem.blocks, s.first_row + warp_row, tile * kBlockN);
+    if (!step.is_full()) mask_scores(rS, s, job.blocks, s.first_row + warp_row, col);
     softmax.update(rS, rO);
 
     // O += dropout(P) V
@@ -194,15 +207,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       uint32_t rP[kFragmentsM][4];
 #pragma unroll
       for (int m = 0; m < kFragmentsM; ++m) {
-        const float (&left)[4] = rS[m][n / 8];
-        const float (&right)[4] = rS[m][n / 8 + 1];
-        rP[m][0] = device::pack<Element>(left[0], left[1]);
-        rP[m][1] = device::pack<Element>(left[2], left[3]);
-        rP[m][2] = device::pack<Element>(right[0], right[1]);
-        rP[m][3] = device::pack<Element>(right[2], right[3]);
+        float (&left)[4] = rS[m][n / 8];
+        float (&right)[4] = rS[m][n / 8 + 1];
         if constexpr (Traits::kHasDropout) {
-          dropout.apply(rP[m], s.first_row + warp_row + 16 * m, tile * kBlockN + n);
+          job.dropout.apply(left, right, s.first_row + warp_row + 16 * m, col + n);
         }
+        device::pack_operand<Element>(rP[m], left, right);
       }
 #pragma unroll
       for (int d = 0; d < Traits::kHeadDim; d += 16) {
@@ -215,8 +225,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         }
       }
     }
-    tile = next_tile;
-    is_full = next_is_full;
+    step = next_step;
   }
 
   // Normalise, and write lse.
@@ -235,8 +244,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         rO[m][d][2 * half + 1] *= factor;
       }
       if (lane % 4 == 0 && row < s.query_rows) {
-        *row_pointer(p.lse, batch, s.query_start + row, work.head) =
-            takes_part ? softmax.lse(m, half) : -INFINITY;
+        job.lse[row] = takes_part ? softmax.lse(m, half) : -INFINITY;
       }
     }
   }
@@ -255,7 +263,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     }
   }
   __syncwarp();  // O, written by the lanes of a quad, is read by others
-  Element* gO = element_pointer<Element>(p.o, batch, s.query_start + s.first_row, work.head);
+  Element* gO = job.o + s.first_row * p.o.row_stride;
   constexpr int kChunks = Traits::kHeadDim / 8;
 #pragma unroll
   for (int i = lane; i < Traits::kWarpM * kChunks; i += 32) {
@@ -278,7 +286,7 @@ const char* launch(const ForwardParams& p, cudaStream_t stream) {
     return launch_status();
   }
   kernel<<<static_cast<uint32_t>(schedule.num_ctas(p)), Traits::kThreads, kSmemBytes, stream>>>(
-      p, schedule);
+      p, schedule, p.scale == 0.0f ? 1.0f : std::abs(p.scale) * 1.44269504088896341f);
   return launch_status();
 }
 

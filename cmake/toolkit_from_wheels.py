@@ -1,0 +1,34 @@
+"""Makes a CUDA toolkit folder out of Python's nvidia-* wheels, and prints its path.
+
+Usage: toolkit_from_wheels.py FOLDER
+"""
+
+import importlib.util
+import pathlib
+import sys
+
+WHEELS = "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-cccl nvidia-cuda-runtime"
+NEEDED = ("bin/nvcc", "nvvm", "include/crt", "include/cuda_runtime.h", "lib/libcudart_static.a")
+
+
+def main(folder: pathlib.Path) -> str:
+    spec = importlib.util.find_spec("nvidia")
+    roots = [pathlib.Path(path) for path in spec.submodule_search_locations] if spec else []
+    candidates = [root / "cu13" for root in roots]
+    for root in candidates:
+        if all((root / name).exists() for name in NEEDED):
+            break
+    else:
+        missing = [n for n in NEEDED if not any((root / n).exists() for root in candidates)]
+        return f"jax_flash: expected the wheels {WHEELS}; {', '.join(missing)} not found"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("bin", "include", "nvvm", "lib", "lib64"):
+        link = folder / name
+        if not link.is_symlink():
+            link.symlink_to(root / name.replace("lib64", "lib"))
+    print(folder)
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(pathlib.Path(sys.argv[1])) or 0)
