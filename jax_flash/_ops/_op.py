@@ -250,11 +250,6 @@ class Op:
         on = [i for i, x in enumerate(operands) if not is_off(x)]
         on_results = [i for i, x in enumerate(results) if not is_off(x)]
 
-        def local(*shards):
-            # One shard knows of no mesh: a sharding named in here would outlive the partitioner.
-            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-                return one_shard(*shards)
-
         def one_shard(*shards):
             given = iter(shards)
             full = [
@@ -271,24 +266,25 @@ class Op:
 
         def partition(mesh, arg_shapes, result_shapes):
             c = cut(mesh, arg_shapes)
-            takes, sums = (
-                [c.operand_places[i] for i in on],
-                [c.result_places[i] for i in on_results],
-            )
+            takes = [c.operand_places[i] for i in on]
+            sums = [c.result_places[i] for i in on_results]
 
             def share(*shards):
-                out = local(
-                    *(_own_part(x, place, mesh) for x, place in zip(shards, takes, strict=True))
-                )
+                own = (_own_part(x, place, mesh) for x, place in zip(shards, takes, strict=True))
                 wholes = (results[i].shape for i in on_results)
                 return tuple(
                     _sum_of_parts(x, place, mesh, whole)
-                    for x, place, whole in zip(out, sums, wholes, strict=True)
+                    for x, place, whole in zip(one_shard(*own), sums, wholes, strict=True)
                 )
+
+            def local(*shards):
+                # A shard knows of no mesh: a sharding named in here would outlive the partitioner.
+                with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                    return share(*shards)
 
             return (
                 mesh,
-                share if any(takes) else local,
+                local,
                 tuple(NamedSharding(mesh, c.results[i]) for i in on_results),
                 tuple(NamedSharding(mesh, c.operands[i]) for i in on),
             )
