@@ -132,7 +132,8 @@ def parse(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workloads", help="comma-separated shell patterns (default: by device)")
-    parser.add_argument("--providers", default=",".join(providers.PROVIDERS))
+    default = ",".join(name for name in providers.PROVIDERS if name != "jax_flash_xla")
+    parser.add_argument("--providers", default=default, help="also: jax_flash_xla")
     parser.add_argument("--directions", default="", help=f"of {', '.join(providers.DIRECTIONS)}")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--target", type=float, default=0.0, help="seconds of one burst")
@@ -160,8 +161,6 @@ def main(argv=None) -> int:
     directions = args.directions or ("forward,backward" if on_gpu else "forward,forward_backward")
     directions = directions.split(",")
     names = args.providers.split(",")
-    if not args.workloads and not on_gpu and "jax_flash_xla" in names:
-        names.remove("jax_flash_xla")
 
     device = evidence.device_name()
     path = args.out or evidence.device_folder(device) / "attention.csv"

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_flash._ops import _register, attention_xla, dropout
 from jax_flash._ops import attention as ops
-from jax_flash._ops._op import warn_once
+from jax_flash._ops._op import vary_together, warn_once
 from jax_flash._ops.attention import AttentionConfig, attention_backward, attention_forward
 
 IMPLEMENTATIONS = (None, "cuda", "cpu", "xla")
@@ -92,15 +92,30 @@ def check_implementation(implementation: str | None) -> None:
         raise NotImplementedError(f"implementation={implementation!r}: {reason}")
 
 
+def static_scale(scale: Any, head_dim: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+    if isinstance(scale, jax.core.Tracer) or np.ndim(scale) != 0:
+        refuse("scale", "a Python float (static)", type(scale).__name__, TypeError)
+    return float(scale)
+
+
+def static_flag(name: str, flag: Any) -> bool:
+    if isinstance(flag, jax.core.Tracer) or not isinstance(flag, (bool, np.bool_)):
+        refuse(name, "a Python bool (static)", type(flag).__name__, TypeError)
+    return bool(flag)
+
+
 def window(local_window_size: Any, is_causal: bool) -> tuple[int, int]:
     """(left, right) as the kernels take them: -1 is without limit."""
     left, right = -1, -1
     if local_window_size is not None:
         sizes = local_window_size
-        sizes = (sizes, sizes) if isinstance(sizes, (int, np.integer)) else tuple(sizes)
+        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes, sizes)
         if len(sizes) != 2 or not all(isinstance(s, (int, np.integer)) and s >= 0 for s in sizes):
             refuse("local_window_size", "an int >= 0 or a pair of them", local_window_size)
-        left, right = (int(s) for s in sizes)
+        # No two positions are further apart than int32 reaches.
+        left, right = (int(s) if s < 1 << 31 else -1 for s in sizes)
     return left, 0 if is_causal else right
 
 
@@ -108,20 +123,27 @@ def lengths_operand(name: str, lengths: Any, batch: tuple[int, ...], limit: int,
     """int32 [*B, 1], or the empty array that means: every row counts."""
     if lengths is None:
         return jnp.zeros((0,), jnp.int32)
+    known = concrete(lengths)
     lengths = jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         refuse(name, "an int32 array", lengths.dtype, TypeError)
     if lengths.shape != batch:
         refuse(name, f"shape {batch}", f"shape {lengths.shape}")
-    known = concrete(lengths)
     if known is not None and known.size and (known.min() < 0 or known.max() > limit):
         refuse(name, f"lengths in [0, {limit}] ({axis})", known.tolist())
-    return lengths.astype(jnp.int32)[..., None]
+    if lengths.dtype != jnp.int32:
+        lengths = jnp.clip(lengths, 0, min(limit, jnp.iinfo(lengths.dtype).max)).astype(jnp.int32)
+    return lengths[..., None]
 
 
 def concrete(x: Any) -> np.ndarray | None:
-    """The values, where Python can know them: not under a trace."""
-    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    """The values, where Python can know them.
+
+    Ask before jnp touches `x`: under jit that makes a tracer of it.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x)):
+        return None
+    return np.asarray(x)
 
 
 def offset_operand(causal_offset: Any, batch: tuple[int, ...]) -> tuple[jax.Array, bool]:
@@ -131,15 +153,17 @@ def offset_operand(causal_offset: Any, batch: tuple[int, ...]) -> tuple[jax.Arra
         if causal_offset != "bottom_right":
             refuse("causal_offset", 'an int, an int32 array or "bottom_right"', repr(causal_offset))
         return nothing, True
+    known = concrete(causal_offset)
     offset = jnp.asarray(causal_offset)
     if not jnp.issubdtype(offset.dtype, jnp.integer):
         refuse("causal_offset", 'an int, an int32 array or "bottom_right"', offset.dtype, TypeError)
     if offset.shape not in ((), batch):
         refuse("causal_offset", f"a scalar or shape {batch}", f"shape {offset.shape}")
-    if (known := concrete(offset)) is not None and not known.any():
+    if known is not None and not known.any():
         return nothing, False
     # Positions are below 2^30: an offset beyond that already means all or nothing.
-    offset = jnp.clip(offset, -(1 << 30), 1 << 30).astype(jnp.int32)
+    info = jnp.iinfo(offset.dtype)
+    offset = jnp.clip(offset, max(info.min, -(1 << 30)), min(info.max, 1 << 30)).astype(jnp.int32)
     return jnp.broadcast_to(offset, batch)[..., None], False
 
 
@@ -156,7 +180,8 @@ def dropout_operands(rate: Any, key: Any, batch: tuple[int, ...], heads: int):
         return 0, nothing, nothing
     if key is None:
         refuse("dropout_key", f"a JAX PRNG key with dropout_rate={rate}", None)
-    key = jnp.asarray(key) if not isinstance(key, jax.Array) else key
+    if not isinstance(key, (jax.Array, np.ndarray)):
+        refuse("dropout_key", "one JAX PRNG key", repr(key), TypeError)
     is_key = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if key.shape != (() if is_key else (2,)) or not (is_key or key.dtype == jnp.uint32):
         refuse("dropout_key", "one JAX PRNG key", f"{key.dtype} of shape {key.shape}")
@@ -266,7 +291,8 @@ _gradients.defvjp(_gradients_forward, _gradients_backward)
 
 def attend(config: AttentionConfig, tensors, options, return_lse: bool):
     """out, or (out, lse); differentiable in `tensors`, any number of times."""
-    tensors, options = tuple(tensors), tuple(options)
+    operands = vary_together(*tensors, *options)
+    tensors, options = operands[: len(tensors)], operands[len(tensors) :]
     if return_lse:
         return tuple(_attend(config, tensors, options))
     return _attend_out(config, tensors, options)
@@ -276,8 +302,8 @@ def attend(config: AttentionConfig, tensors, options, return_lse: bool):
 
 
 def pad_head_dim(x: jax.Array) -> jax.Array:
-    """The last axis to a multiple of 8, with zeros: they change neither scores nor outputs."""
-    if (extra := -x.shape[-1] % 8) == 0:
+    """The last axis to 8, 16, ..., with zeros: they change neither scores nor outputs."""
+    if (extra := max(8, -(-x.shape[-1] // 8) * 8) - x.shape[-1]) == 0:
         return x
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
 

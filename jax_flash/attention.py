@@ -9,7 +9,6 @@ Algorithm: FlashAttention (Dao et al., arXiv:2205.14135, algorithms 1-4) in Flas
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -106,11 +105,10 @@ def _attention(
     dtype = call.arrays[0].dtype
     shared.check_implementation(implementation)
     shared.check_sizes(seq_q, seq_k)
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
-    elif isinstance(scale, jax.core.Tracer):
-        shared.refuse("scale", "a Python float (static)", "a traced array", TypeError)
+    scale = shared.static_scale(scale, head_dim)
     offset, bottom_right = shared.offset_operand(causal_offset, batch)
+    is_causal = shared.static_flag("is_causal", is_causal)
+    deterministic = shared.static_flag("deterministic", deterministic)
     left, right = shared.window(local_window_size, is_causal)
     threshold, dropout_state, head_ids = shared.dropout_operands(
         dropout_rate, dropout_key, batch, heads
@@ -127,7 +125,7 @@ def _attention(
         blocks,
     )
     config = AttentionConfig(
-        scale=float(scale),
+        scale=scale,
         window_left=left,
         window_right=right,
         bottom_right=bottom_right,
@@ -141,7 +139,7 @@ def _attention(
     bias = _score_operand("bias", bias, (*batch, heads, seq_q, seq_k))
     mask = _score_operand("mask", mask, (*batch, heads, seq_q, seq_k))
 
-    if 0 in (*call.query_shape[:-1], seq_k, call.value_dim):
+    if 0 in (*call.query_shape[:-1], seq_k):
         out, lse = shared.empty_result(call.query_shape, call.value_dim, dtype)
     elif bias is not None or mask is not None:
         out, lse = _with_scores(config, call, bias, mask, options)
@@ -190,13 +188,19 @@ def _with_scores(config, call, bias, mask, options):
     shared.warn_once(
         "jax_flash.attention: bias and mask have no kernel yet; XLA's compiled form runs instead."
     )
-    return attention_xla.chunked(config, *call.separate(), bias, mask, options)
+    tensors = map(shared.pad_head_dim, call.separate())
+    out, lse = attention_xla.chunked(config, *tensors, bias, mask, options)
+    return out[..., : call.value_dim], lse
 
 
 def _probabilities(config, call, bias, mask, options) -> AttentionProbs:
     """P and the dropout mask, whole, by the chunked form's own pieces on one chunk."""
-    query, key, _ = call.separate()
+    query, key, _ = map(shared.pad_head_dim, call.separate())
     seq_q, seq_k = query.shape[-3], key.shape[-3]
+    if 0 in (*query.shape, seq_k):
+        shape = (*query.shape[:-3], query.shape[-2], seq_q, seq_k)
+        keep = jnp.ones(shape, jnp.bool_) if config.dropout_threshold else None
+        return AttentionProbs(jnp.zeros(shape, jnp.float32), keep)
     rows = -(-seq_q // 16) * 16
     plan = attention_xla.plan(config, seq_q, seq_k, *options)
     plan = attention_xla.pad_plan(plan, rows)

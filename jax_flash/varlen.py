@@ -8,7 +8,6 @@ have spare capacity. cu_seqlens are data: wrong ones are clamped to the arrays a
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import jax
@@ -21,13 +20,13 @@ from jax_flash.attention import Implementation, _documented
 
 
 def _cu_seqlens(name: str, cu_seqlens: Any, batch: tuple[int, ...], total: int) -> jax.Array:
+    known = shared.concrete(cu_seqlens)
     cu = jnp.asarray(cu_seqlens)
     if cu.dtype != jnp.int32:
         shared.refuse(name, "an int32 array", cu.dtype, TypeError)
     if cu.ndim < 1 or cu.shape[-1] < 2 or cu.shape[:-1] not in ((), batch):
         expected = f"shape [sequences + 1] or {(*batch, 'sequences + 1')}"
         shared.refuse(name, expected, f"shape {cu.shape}")
-    known = shared.concrete(cu)
     if known is not None and ((np.diff(known) < 0).any() or known.min() < 0 or known.max() > total):
         shared.refuse(name, f"non-decreasing values in [0, {total}]", known.tolist())
     return cu.reshape((1,) * (len(batch) + 1 - cu.ndim) + cu.shape)
@@ -58,8 +57,7 @@ def _varlen(
     total_k = kv_shape[-3]
     shared.check_implementation(implementation)
     shared.check_sizes(total_q, total_k)
-    if isinstance(scale, jax.core.Tracer):
-        shared.refuse("scale", "a Python float (static)", "a traced array", TypeError)
+    scale = shared.static_scale(scale, head_dim)
     cu_q = _cu_seqlens(names[0], cu_seqlens_q, batch, total_q)
     if cu_seqlens_k is None:
         if total_k != total_q:
@@ -72,16 +70,18 @@ def _varlen(
     if cu_q.shape[-1] != cu_k.shape[-1]:
         shared.refuse(names[1], f"as many entries as {names[0]} ({cu_q.shape[-1]})", cu_k.shape[-1])
     offset, bottom_right = shared.offset_operand(causal_offset, batch)
+    is_causal = shared.static_flag("is_causal", is_causal)
+    deterministic = shared.static_flag("deterministic", deterministic)
     left, right = shared.window(local_window_size, is_causal)
     threshold, dropout_state, head_ids = shared.dropout_operands(
         dropout_rate, dropout_key, batch, heads
     )
     dtype = arrays[0].dtype
-    if 0 in (*query_shape[:-1], total_k, value_dim):
+    if 0 in (*query_shape[:-1], total_k):
         out, lse = shared.empty_result(query_shape, value_dim, dtype)
     else:
         config = AttentionConfig(
-            scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+            scale=scale,
             window_left=left,
             window_right=right,
             bottom_right=bottom_right,

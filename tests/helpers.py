@@ -58,19 +58,28 @@ def random(seed: int, dtype, *shapes) -> list[np.ndarray]:
     return [rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes]
 
 
+def with_gradients(attend, tensors, cotangents):
+    """((out, lse), (dq, dk, dv)), to be compiled as one program."""
+    results, pull = jax.vjp(attend, *tensors)
+    return results, pull(cotangents)
+
+
 @functools.partial(jax.jit, static_argnames=("scale", "rate"))
-def plain_attention(query, key, value, ok, keep, *, scale, rate):
-    """What one writes in jnp, in the operands' type: (out, lse), O(T * S) memory."""
-    group = query.shape[-2] // key.shape[-2]
-    key, value = jnp.repeat(key, group, -2), jnp.repeat(value, group, -2)
-    s = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
-    s = jnp.where(ok, s * scale, -1e30)
-    lse = jax.nn.logsumexp(s, axis=-1)
-    probs = jnp.exp(s - lse[..., None]) * ok
-    if keep is not None:
-        probs = probs * keep * reference.keep_scale(rate)
-    out = jnp.einsum("bnts,bsnh->btnh", probs.astype(value.dtype), value)
-    return out, lse
+def plain_attention(tensors, cotangents, ok, keep, *, scale, rate):
+    """What one writes in jnp, in the operands' type, and its gradients; O(T * S) memory."""
+
+    def attend(query, key, value):
+        group = query.shape[-2] // key.shape[-2]
+        key, value = jnp.repeat(key, group, -2), jnp.repeat(value, group, -2)
+        s = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
+        s = jnp.where(ok, s * scale, -1e30)
+        lse = jax.nn.logsumexp(s, axis=-1)
+        probs = jnp.exp(s - lse[..., None]) * ok
+        if keep is not None:
+            probs = probs * keep * reference.keep_scale(rate)
+        return jnp.einsum("bnts,bsnh->btnh", probs.astype(value.dtype), value), lse
+
+    return with_gradients(attend, tensors, cotangents)
 
 
 def assert_close(name: str, ours, exact: np.ndarray, plain) -> None:
@@ -148,15 +157,12 @@ def check_call(implementation, call, tensors, *, ok, keep=None, scale, rate=0.0,
     exact_grads = reference.backward(q, k, v, ok, dout, dlse, **formula)
 
     with jax.default_device(device(implementation)):
-        on_device = functools.partial(jax.tree.map, jnp.asarray)
-        plain = functools.partial(plain_attention, ok=ok, keep=keep, scale=scale, rate=rate)
-        plain_out, pull = jax.vjp(plain, *on_device((q, k, v)))
-        plain_grads = pull(on_device((dout, dlse)))
-        (out, lse), pull = jax.vjp(jax.jit(call), *on_device((q, k, v)))
-        grads = pull(on_device((dout, dlse)))
+        arrays = jax.tree.map(jnp.asarray, ((q, k, v), (dout, dlse)))
+        (plain_out, _), plain_grads = plain_attention(*arrays, ok, keep, scale=scale, rate=rate)
+        (out, lse), grads = jax.jit(functools.partial(with_gradients, call))(*arrays)
 
     assert_lse(lse, exact.lse)
-    assert_close("out", out, exact.out, plain_out[0])
+    assert_close("out", out, exact.out, plain_out)
     names = ("dq", "dk", "dv")
     for name, ours, true, rough in zip(names, grads, exact_grads, plain_grads, strict=True):
         assert_close(name, ours, true, rough)

@@ -80,6 +80,13 @@ __device__ __forceinline__ void mma_16x8x16<__half>(float (&d)[4], const uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// "Parallel synchronization and communication instructions: red": *destination += x in global
+// memory, in no order, nothing comes back.
+__device__ __forceinline__ void red_add(float* destination, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(destination)), "f"(x)
+               : "memory");
+}
+
 // "Floating point instructions: ex2": 2^x, 2 ulp; -inf -> 0, NaN -> NaN.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax._src import core, dispatch
+from jax._src.sharding_impls import unflatten_array
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core as extend_core
 from jax.interpreters import batching, mlir
@@ -68,6 +69,14 @@ class Implementation:
     refuse: Callable[..., str | None] = lambda *_: None
 
 
+def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Under shard_map: all arrays vary over every mesh axis that one of them varies over.
+
+    The cotangents of those that did not are then summed over the devices, by JAX.
+    """
+    return tuple(core.auto_insert_reshard(*arrays))
+
+
 def is_off(array) -> bool:
     return array.shape == (0,)
 
@@ -101,7 +110,7 @@ class Op:
         _register_lowering(self._local, functools.partial(self._run, "other"))
 
     def __call__(self, config, *operands) -> tuple[jax.Array, ...]:
-        return tuple(self.primitive.bind(*core.auto_insert_reshard(*operands), config=config))
+        return tuple(self.primitive.bind(*vary_together(*operands), config=config))
 
     def _make(self, name: str) -> extend_core.Primitive:
         primitive = extend_core.Primitive(name)
@@ -194,17 +203,22 @@ class Op:
         on_results = [i for i, x in enumerate(results) if not is_off(x)]
 
         def local(*shards):
+            # One shard knows of no mesh: a sharding named in here would outlive the partitioner.
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                return one_shard(*shards)
+
+        def one_shard(*shards):
             given = iter(shards)
             full = [
                 next(given) if i in on else jnp.zeros(a.shape, a.dtype) for i, a in enumerate(avals)
             ]
-            out = self._local.bind(*core.auto_insert_reshard(*full), config=config)
+            out = self._local.bind(*vary_together(*full), config=config)
             return tuple(out[i] for i in on_results)
 
         def specs(mesh, arg_shapes):
             given: list[Any] = [None] * len(avals)
             for i, a in zip(on, arg_shapes, strict=True):
-                given[i] = getattr(a.sharding, "spec", None)
+                given[i] = _spec_of(a.sharding, len(a.shape), mesh)
             operand_specs, result_specs = self._specs(config, avals, given, mesh)
             return (
                 tuple(NamedSharding(mesh, operand_specs[i]) for i in on),
@@ -218,7 +232,7 @@ class Op:
         def infer_sharding_from_operands(mesh, arg_shapes, result_shapes):
             return specs(mesh, arg_shapes)[1]
 
-        call = custom_partitioning(local)
+        call = custom_partitioning(one_shard)
         signature, operand_axes, result_axes, sizes = self._named_axes(config, avals)
         rule, factors = _shardy_rule(
             signature, [operand_axes[i] for i in on], [result_axes[i] for i in on_results], sizes
@@ -227,6 +241,7 @@ class Op:
             partition=partition,
             infer_sharding_from_operands=infer_sharding_from_operands,
             sharding_rule=rule,
+            decode_shardings=False,
             **factors,
         )
         returned = iter(call(*(operands[i] for i in on)))
@@ -271,13 +286,36 @@ def _without_axis(x, axis) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 
+def _spec_of(sharding, rank: int, mesh) -> PartitionSpec:
+    """The mesh axes along which XLA has cut an array, of those that it cuts whole.
+
+    Where a mesh axis has more devices than there are kv heads, Shardy proposes to cut them by a
+    part of it, which no PartitionSpec can say. Such an axis of the array, and what follows it,
+    counts as not cut.
+    """
+    tiles = getattr(sharding, "_hlo_sharding", None)
+    if tiles is None or mesh.empty or not tiles.is_tiled():
+        return PartitionSpec()
+    order = iter(unflatten_array(mesh.shape, tiles.tile_assignment_devices()))
+    spec: list[tuple[str, ...]] = []
+    for parts in tiles.tile_assignment_dimensions()[:rank]:
+        names: list[str] = []
+        while parts > 1:
+            names.append(next(order))
+            if parts % mesh.shape[names[-1]] != 0:
+                return PartitionSpec(*spec)
+            parts //= mesh.shape[names[-1]]
+        spec.append(tuple(names))
+    return PartitionSpec(*spec)
+
+
 def _shardy_rule(signature, operand_axes, result_axes, sizes):
     """The sharding rule in Shardy's notation (einsum-like, one factor an axis).
 
     An axis that must stay whole gets a factor of its own that asks for replication. Where G query
     heads share a kv head, N = (K G) and only K may be cut: a query head never leaves its kv head.
     """
-    whole: list[str] = []
+    whole: list[str] = []  # in order of appearance, as Shardy wants them
     factor_sizes: dict[str, int] = {}
 
     def factor(name):
@@ -293,7 +331,11 @@ def _shardy_rule(signature, operand_axes, result_axes, sizes):
         parts = signature.shardable.get(name)
         if parts is None or sizes[name] == parts:
             return factor(name)
+        if parts == 1:  # a factor of size 1 may not stand beside another one
+            return factor("")
         group = f"{name.lower()}group"
+        if group not in factor_sizes:
+            whole.append(group)
         factor_sizes[group] = sizes[name] // parts
         return f"({name.lower()} {group})"
 
@@ -301,7 +343,7 @@ def _shardy_rule(signature, operand_axes, result_axes, sizes):
         return ", ".join(" ".join(factors(name) for name in axes) for axes in arrays)
 
     rule = f"{side(operand_axes)} -> {side(result_axes)}"
-    return rule, {"need_replication_factors": (*whole, *factor_sizes), **factor_sizes}
+    return rule, {"need_replication_factors": tuple(whole), **factor_sizes}
 
 
 @functools.cache

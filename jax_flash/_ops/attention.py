@@ -247,12 +247,40 @@ def _no_workspace(config, *operands) -> int:
 
 
 def cuda_backward_workspace(config, *operands) -> int:
-    """Bytes of scratch of the CUDA backward: delta and lse in base 2, and dQ in float32."""
-    query = operands[0]
-    batch = math.prod(_backward_results(config, *operands)[0].shape[:_BATCH_DIMS])
-    seq_q = query.shape[-4] if config.packing == QUERY_KEY_VALUE else query.shape[-3]
-    rows = batch * query.shape[-2] * (-(-seq_q // 128) * 128 + 128)
-    return 4 * rows * (2 + -(-query.shape[-1] // 32) * 32)
+    """Bytes of scratch of the CUDA backward, from shapes alone.
+
+    The rule is that of csrc/attention/cuda/backward_plan.h, for the largest tiles any kernel has;
+    f32 keeps one delta a row. The handler refuses a buffer that is too small.
+    """
+    batch_dims = slice(None, _BATCH_DIMS)
+    query, key, value = operands[:3]
+    batch = math.prod(_backward_results(config, *operands)[0].shape[batch_dims])
+    heads, kv_heads = _heads(config, query, key)
+    seq_q = query.shape[_BATCH_DIMS]
+    seq_k = seq_q if config.packing == QUERY_KEY_VALUE else key.shape[_BATCH_DIMS]
+    if query.dtype == jnp.float32:
+        return 4 * batch * heads * seq_q
+
+    def rows(total, tile):  # of whole tiles, for every sequence
+        if not config.varlen:
+            return -(-total // tile) * tile
+        num_sequences = operands[-len(OPTIONS)].shape[-1] - 1
+        return (total // tile + num_sequences + 2) * tile
+
+    dims = [query.shape[-1]] + ([value.shape[-1]] if config.packing == SEPARATE else [])
+    head_dim = next(dim for dim in (64, 128, 256) if max(dims) <= dim)
+    ctas, most_dq_bytes, most_splits = 264, 512 << 20, 16
+    columns, tiles = batch * kv_heads, -(-seq_k // 128)
+    dq_bytes = 4 * head_dim * batch * heads * rows(seq_q, 64)
+    dkv_bytes = 2 * 4 * head_dim * columns * rows(seq_k, 128)
+    dq_buffers = key_splits = 1
+    if config.deterministic:
+        dq_buffers = max(1, min(tiles, -(-ctas // columns), most_dq_bytes // dq_bytes))
+    else:
+        steps = heads // kv_heads * -(-seq_q // 64)
+        key_splits = max(1, min(ctas // (columns * tiles), -(-steps // 4), most_splits))
+    stats_bytes = 8 * batch * heads * rows(seq_q, 64)
+    return stats_bytes + dq_buffers * dq_bytes + (key_splits * dkv_bytes if key_splits > 1 else 0)
 
 
 def _refuse(platform: str):

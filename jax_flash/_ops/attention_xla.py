@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash._ops import dropout
+from jax_flash._ops._op import vary_together
 
 _CHUNK_BYTES = 32 << 20  # aim for one chunk of scores
 
@@ -79,6 +80,16 @@ def plan(config, seq_q, seq_k, query_lengths, key_lengths, causal_offset, *rest)
         offset = offset + key_length - query.length
     sequences = query_lengths.shape[-1] - 1 if config.varlen else 1
     return Plan(query, key, offset, *rest, sequences)
+
+
+def _existing(x, positions: Positions):
+    """`x` [*batch, rows, N, H] with zeros in rows that nobody owns.
+
+    Such rows may hold anything, NaN too, which a product with a probability of 0 would let through.
+    """
+    if positions.sequence is None:
+        return x
+    return jnp.where((positions.sequence >= 0)[..., None, None], x, 0)
 
 
 def split_packed(config, query, key, value):
@@ -263,10 +274,14 @@ def chunked(config, query, key, value, bias, mask, options):
       (out [*batch, T, N, Hv], lse [*batch, N, T]).
     """
     seq_q, seq_k = query.shape[-3], key.shape[-3]
+    p = plan(config, seq_q, seq_k, *options)
+    query, key, value = (
+        _existing(x, rows) for x, rows in ((query, p.query), (key, p.key), (value, p.key))
+    )
     batch = _size(jnp.broadcast_shapes(query.shape[:-3], key.shape[:-3]))
     rows = _chunk_rows(batch, query.shape[-2], seq_q, seq_k)
     count = -(-seq_q // rows)
-    p = pad_plan(plan(config, seq_q, seq_k, *options), rows * count)
+    p = pad_plan(p, rows * count)
 
     def per_row(x):  # bias and mask may be shared along the queries
         if x is None or x.shape[-2] == 1:
@@ -317,10 +332,15 @@ def backward(config, query, key, value, out, lse, dout, dlse, *options):
     wide = jnp.promote_types(q.dtype, jnp.float32)
     rows = _chunk_rows(_size(lead), q.shape[-2], seq_q, seq_k)
     count = -(-seq_q // rows)
-    p = pad_plan(plan(config, seq_q, seq_k, *options), rows * count)
+    p = plan(config, seq_q, seq_k, *options)
+    q, out, dout = (_existing(x, p.query) for x in (q, out, dout))
+    k, v = (_existing(x, p.key) for x in (k, v))
     delta = jnp.einsum("...tnh,...tnh->...nt", dout.astype(wide), out.astype(wide))
     if dlse.shape != (0,):
-        delta = delta - dlse
+        delta = delta - _existing(dlse.swapaxes(-1, -2)[..., None], p.query)[..., 0].swapaxes(
+            -1, -2
+        )
+    p = pad_plan(p, rows * count)
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)
 
     @jax.checkpoint
@@ -349,16 +369,15 @@ def backward(config, query, key, value, out, lse, dout, dlse, *options):
         dq = _einsum("...kgts,...skh->...tkgh", ds, k)
         return (dk, dv), dq.reshape(*dq.shape[:-3], -1, dq.shape[-1]).astype(q.dtype)
 
-    def zeros(x):
-        return jnp.zeros((*lead, *x.shape[-3:]), wide)
-
+    zeros = (jnp.zeros((*lead, *x.shape[-3:]), wide) for x in (k, v))
+    carry = vary_together(*zeros, *arrays, lse, dlse, *options)[:2]
     starts = jnp.arange(count, dtype=jnp.int32) * rows
     chunks = (
         starts,
         *(_chunks(x, -3, rows, count) for x in (q, dout)),
         *(_chunks(x, -1, rows, count) for x in (lse, delta)),
     )
-    (dk, dv), dq = jax.lax.scan(step, (zeros(k), zeros(v)), chunks)
+    (dk, dv), dq = jax.lax.scan(step, carry, chunks)
     dq = jnp.broadcast_to(_joined(dq, -3, seq_q), (*lead, *q.shape[-3:]))
     dk, dv = dk.astype(k.dtype), dv.astype(v.dtype)
     nothing = jnp.zeros((0,), q.dtype)

@@ -9,6 +9,7 @@ Rows that see no key have O = 0 and lse = -inf.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -51,8 +52,9 @@ def allowed(
         len_k = (
             seq_k if key_value_seq_lengths is None else np.clip(key_value_seq_lengths[b], 0, seq_k)
         )
-        offset = len_k - len_q if causal_offset == "bottom_right" else 0
-        if not isinstance(causal_offset, str):
+        if isinstance(causal_offset, str):  # "bottom_right"
+            offset = len_k - len_q
+        else:
             offset = np.broadcast_to(causal_offset, (batch,))[b]
         ok[b] &= (i < len_q) & (j < len_k)
         if is_causal:
@@ -80,29 +82,29 @@ def philox(counter, key):
     return x, y, z, w
 
 
-def dropout_keep(rate, key, batch, heads, seq_q, seq_k, *, first_batch=0) -> np.ndarray:
-    """bool [B, N, T, S]. Each element's 16-bit draw is addressed by its place; see
-    csrc/common/philox.h.
+@functools.lru_cache(maxsize=8)
+def dropout_draws(key, batch, heads, seq_q, seq_k, first_batch=0) -> np.ndarray:
+    """uint16 [B, N, T, S]: the draw of each element, addressed by its place; see philox.h.
 
     Args:
       key: two 32-bit words. first_batch: the batch word of entry 0.
     """
     row, col = np.arange(seq_q)[:, None], np.arange(seq_k)[None, :]
-    keep = np.empty((batch, heads, seq_q, seq_k), bool)
+    word, half = (row // 8 % 2) * 2 + col // 8 % 2, col % 2
+    x, y = (col // 16) * 4 + (col % 8) // 2, (row // 16) * 8 + row % 8
+    draws = np.empty((batch, heads, seq_q, seq_k), np.uint16)
     for b in range(batch):
         for h in range(heads):
-            counter = (
-                (col // 16) * 4 + (col % 8) // 2,
-                (row // 16) * 8 + row % 8,
-                h,
-                first_batch + b,
-            )
-            words = np.stack(np.broadcast_arrays(*philox(counter, key)))
-            word = (row // 8 % 2) * 2 + col // 8 % 2
+            words = np.stack(np.broadcast_arrays(*philox((x, y, h, first_batch + b), key)))
             drawn = np.take_along_axis(words, word[None], 0)[0]
-            drawn = np.where(col % 2 == 1, drawn >> 16, drawn & 0xFFFF)
-            keep[b, h] = drawn >= min(round(rate * DRAWS), DRAWS - 1)
-    return keep
+            draws[b, h] = np.where(half == 1, drawn >> 16, drawn & 0xFFFF)
+    return draws
+
+
+def dropout_keep(rate, key, batch, heads, seq_q, seq_k, *, first_batch=0) -> np.ndarray:
+    """bool [B, N, T, S]: an element is kept where its draw reaches the rate."""
+    draws = dropout_draws(tuple(map(int, key)), batch, heads, seq_q, seq_k, first_batch)
+    return draws >= min(round(rate * DRAWS), DRAWS - 1)
 
 
 def keep_scale(rate) -> float:

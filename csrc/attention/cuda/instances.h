@@ -10,13 +10,13 @@
 namespace jax_flash::attention {
 
 // bf16 and fp16 on tensor cores; kHeadDim is max(head_dim, value_dim) rounded up to 32, 64, 96,
-// 128, 192 or 256.
+// 128, 192 or 256 (forward), 64, 128 or 256 (backward).
 template <typename Element, int kHeadDim>
 const char* forward_sm80(const ForwardParams& params, cudaStream_t stream);
 template <typename Element, int kHeadDim>
 const char* backward_sm80(const BackwardParams& params, cudaStream_t stream);
 
-// f32 in exact f32 arithmetic; the same rounded head dims.
+// f32 in exact f32 arithmetic; the head dims of the backward.
 template <int kHeadDim>
 const char* forward_f32(const ForwardParams& params, cudaStream_t stream);
 template <int kHeadDim>
@@ -31,6 +31,16 @@ const char* with_head_dim(const Problem& p, Run&& run) {
   if (dim <= 96) return run.template operator()<96>();
   if (dim <= 128) return run.template operator()<128>();
   if (dim <= 192) return run.template operator()<192>();
+  if (dim <= 256) return run.template operator()<256>();
+  return "jax_flash: head_dim: expected at most 256";
+}
+
+// The same for the backward and for f32, which have fewer.
+template <typename Run>
+const char* with_coarse_head_dim(const Problem& p, Run&& run) {
+  const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
+  if (dim <= 64) return run.template operator()<64>();
+  if (dim <= 128) return run.template operator()<128>();
   if (dim <= 256) return run.template operator()<256>();
   return "jax_flash: head_dim: expected at most 256";
 }

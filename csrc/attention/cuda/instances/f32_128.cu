@@ -1,0 +1,16 @@
+#include "attention/cuda/f32/backward.cuh"
+#include "attention/cuda/f32/forward.cuh"
+
+namespace jax_flash::attention {
+
+template <>
+const char* forward_f32<128>(const ForwardParams& params, cudaStream_t stream) {
+  return f32::launch_forward<128>(params, stream);
+}
+
+template <>
+const char* backward_f32<128>(const BackwardParams& params, cudaStream_t stream) {
+  return f32::launch_backward<128>(params, stream);
+}
+
+}  // namespace jax_flash::attention

@@ -1,0 +1,23 @@
+// Run-time dtype and head dim -> the backward kernels, once.
+#include "attention/cuda/instances.h"
+
+namespace jax_flash::attention {
+
+const char* launch_attention_backward(const BackwardParams& p, cudaStream_t stream) {
+  if (p.mask.block_mask.data != nullptr && p.mask.block_cols % 8 != 0) {
+    return "jax_flash: block_size: expected a multiple of 8 columns";
+  }
+  return with_coarse_head_dim(p, [&]<int kHeadDim>() -> const char* {
+    switch (p.dtype) {
+      case DType::kBF16:
+        return backward_sm80<__nv_bfloat16, kHeadDim>(p, stream);
+      case DType::kF16:
+        return backward_sm80<__half, kHeadDim>(p, stream);
+      case DType::kF32:
+        return backward_f32<kHeadDim>(p, stream);
+    }
+    return "jax_flash: dtype: expected float32, float16 or bfloat16";
+  });
+}
+
+}  // namespace jax_flash::attention

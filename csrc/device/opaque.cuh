@@ -1,0 +1,15 @@
+// A value that the compiler must take as it finds it.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_flash::device {
+
+// Hides where a value came from, so that the compiler does not compute what follows from it ahead
+// of a loop, and then spill it.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+}  // namespace jax_flash::device
