@@ -32,8 +32,9 @@ __device__ __forceinline__ void mask_scores(float (&rS)[kM][kN][4], const Sequen
         }
       }
     }
-    if (blocks.data != nullptr && row + 16 * m < s.query_length) {
-      const uint32_t groups = blocks.column_groups<kN>(row + 16 * m, col, s.key_length);
+    if (blocks.data != nullptr) {
+      const int i = min(row + 16 * m, s.query_length - 1);  // rows past the end: any that exists
+      const uint32_t groups = blocks.column_groups<kN>(i, col, s.key_length);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         if ((groups >> n & 1) == 0) {

@@ -26,11 +26,11 @@ struct ForwardTiles {
   static constexpr int kWarps = 4, kCtasPerSm = 2;
   static constexpr int kBlockM = kHeadDim <= 128 ? 128 : 64;
   static constexpr int kBlockN = kHeadDim <= 64    ? (kHasDropout ? 64 : 128)
-                                 : kHeadDim <= 128 ? (kHasDropout && kHeadDim == 128 ? 48 : 64)
+                                 : kHeadDim <= 128 ? 64
                                                    : 32;
   static constexpr bool kQueryInRegisters = kHeadDim <= 64 && kHasDropout;
   // NOTE: with head dim 128 the question costs 44 bytes of spills, more than it gives.
-  static constexpr bool kWarpsSkip = kHeadDim != 128 || kHasDropout;
+  static constexpr bool kWarpsSkip = kHeadDim != 128;
 };
 
 template <typename Element_, int kHeadDim_, bool kHasDropout_,
@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     Loader(job.v, p.v.row_stride, s.key_length, p.value_dim)(stage.value, row);
     ptx::cp_async_commit();
   };
+  [[maybe_unused]] const int dropout_row = s.first_row + warp_row;
   float rO[kFragmentsM][kFragmentsD][4] = {};
 
   using QueryAddress = device::LdmatrixAddress<QueryTile>;
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         float (&left)[4] = rS[m][n / 8];
         float (&right)[4] = rS[m][n / 8 + 1];
         if constexpr (Traits::kHasDropout) {
-          job.dropout.apply(left, right, s.first_row + warp_row + 16 * m, col + n);
+          job.dropout.apply(left, right, dropout_row + 16 * m, col + n);
         }
         device::pack_operand<Element>(rP[m], left, right);
       }
