@@ -4,6 +4,7 @@ Flax layers are in `jax_flash.linen` and `jax_flash.nnx`.
 """
 
 from jax_flash._attention import AttentionProbs
+from jax_flash._ops import _register
 from jax_flash.attention import (
     attention,
     attention_kvpacked,
@@ -18,6 +19,8 @@ from jax_flash.varlen import (
 )
 
 __version__ = "0.1.0"
+
+_register.register_all()
 
 __all__ = [
     "AttentionProbs",

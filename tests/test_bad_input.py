@@ -423,7 +423,7 @@ def _with(x, index, value):
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("which", ["query", "key", "value"])
 def test_not_a_number_goes_where_it_belongs(implementation, which, bad):
-    """Batch 1, row 2, head 0: causal queries from 2 on and query heads 0 and 1 have to do with it."""
+    """Batch 1, row 2, head 0: that is for causal queries from 2 on, of query heads 0 and 1."""
     x = dict(zip(("query", "key", "value"), qkv(), strict=True))
     x[which] = x[which].at[1, 2, 0, 3].set(bad)
     attend = functools.partial(jax_flash.attention, is_causal=True, implementation=implementation)

@@ -22,6 +22,12 @@ def missing(platform: str) -> str | None:
     return None
 
 
+def register_all() -> None:
+    """For programs that come ready-made (`jax.export`), before any call of ours is traced."""
+    for platform in _XLA_PLATFORM:
+        missing(platform)
+
+
 def targets() -> list[str]:
     """Names of the custom calls that the installed modules provide."""
     names: set[str] = set()
