@@ -1,7 +1,7 @@
 """Runs nvcc and fails if ptxas reports spills, a stack frame or a serialised wgmma (C75xx).
 
-Up to ALLOWED bytes of spills pass: where a kernel uses all 255 registers, one version of ptxas places
-the last few and the next does not, and a store and a load a tile cannot be measured.
+Up to ALLOWED bytes of spills pass: where a kernel uses all 255 registers, one version of ptxas
+places the last few and the next does not, and a store and a load a tile cannot be measured.
 
 Usage: check_ptxas.py nvcc ARGUMENTS...   (CMake's CUDA_COMPILER_LAUNCHER)
 """
