@@ -1,4 +1,7 @@
-"""Runs nvcc and fails if ptxas reports a spill, a stack frame or a serialised wgmma (C75xx).
+"""Runs nvcc and fails if ptxas reports spills, a stack frame or a serialised wgmma (C75xx).
+
+Up to ALLOWED bytes of spills pass: where a kernel uses all 255 registers, one version of ptxas
+places the last few and the next does not, and a store and a load a tile cannot be measured.
 
 Usage: check_ptxas.py nvcc ARGUMENTS...   (CMake's CUDA_COMPILER_LAUNCHER)
 """
@@ -13,15 +16,16 @@ PROPERTIES = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
 )
 NOISE = re.compile(r"^(ptxas info\s*:|\s*\d+ bytes (stack frame|gmem)|$)")
+ALLOWED = 16  # bytes a thread: four registers
 
 
 def faults(report: str) -> list[str]:
-    """One line for each kernel that spills or has a stack frame, and for each C75xx message."""
+    """One line for each kernel with spills or a stack frame, and for each C75xx message."""
     found, kernel = [], "?"
     for line in report.splitlines():
         if match := COMPILING.search(line):
             kernel = f"{match[1]} ({match[2]})"
-        elif (match := PROPERTIES.search(line)) and any(int(n) for n in match.groups()):
+        elif (match := PROPERTIES.search(line)) and any(int(n) > ALLOWED for n in match.groups()):
             found.append(f"{kernel}: {match[0]}")
         elif re.search(r"\bC75\d\d\b", line):
             found.append(line.strip())
@@ -31,7 +35,8 @@ def faults(report: str) -> list[str]:
 def main(command: list[str]) -> int:
     run = subprocess.run(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     lines = (line for line in run.stdout.splitlines() if not NOISE.match(line))
-    print(*lines, sep="\n", end="", flush=True)
+    for line in lines:
+        print(line, flush=True)
     if run.returncode != 0:
         return run.returncode
     found = faults(run.stdout)

@@ -64,9 +64,23 @@ struct BlockMask {
     if (data != nullptr) data += head * mask.block_head_stride;
   }
 
-  // NOTE: divides; for partial tiles ask once for a row and eight columns, not once an element.
+  // NOTE: divides; a partial tile asks for 16 rows and eight columns at a time (column_groups).
   __device__ bool allows(int i, int j) const {
     return data == nullptr || data[int64_t{i / rows} * num_cols + j / cols] != 0;
+  }
+  // Bit n: the block of row i and columns [col + 8 n, col + 8 n + 8) is there, for those of the kN
+  // groups that begin before `length`. Rows i..i+15 with i a multiple of 16 have the same answer.
+  template <int kN>
+  __device__ uint32_t column_groups(int i, int col, int length) const {
+    static_assert(kN < 32);
+    const uint8_t* block_row = data + int64_t{i / rows} * num_cols;
+    const int end = min(col + 8 * kN, length);
+    uint32_t groups = 0;
+    for (int c = col / cols; c * cols < end; ++c) {
+      const int first = max(c * cols - col, 0) / 8, last = min((c + 1) * cols - col, 8 * kN) / 8;
+      if (block_row[c] != 0) groups |= (1u << last) - (1u << first);
+    }
+    return groups;
   }
   // Looks at every block that meets rows [i, i_end) and columns [j, j_end), neither empty.
   __device__ void classify(int i, int i_end, int j, int j_end, bool& any, bool& all) const {
@@ -81,6 +95,19 @@ struct BlockMask {
     }
   }
 };
+
+// Do query rows [row, row + kRows) see any of the keys [col, col + kCols)? A warp skips what it
+// cannot see of a tile that others see. row is a multiple of 16.
+template <int kRows, int kCols>
+__device__ bool sees_anything(const Sequence& s, const BlockMask& blocks, int row, int col) {
+  const int end_row = min(row + kRows, s.query_length), end_col = min(col + kCols, s.key_length);
+  if (row >= end_row || col > end_row - 1 + s.right || end_col - 1 < row + s.left) return false;
+  if (blocks.data == nullptr) return true;
+  for (int i = row; i < end_row; i += 16) {
+    if (blocks.column_groups<kCols / 8>(i, col, s.key_length) != 0) return true;
+  }
+  return false;
+}
 
 // A tile on the way, and whether it needs no element mask: one register.
 class TileStep {

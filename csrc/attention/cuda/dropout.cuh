@@ -33,9 +33,7 @@ class Dropout {
   __device__ __forceinline__ bool keeps_even(uint32_t word) const {
     return word << 16 >= threshold_high_;
   }
-  __device__ __forceinline__ bool keeps_odd(uint32_t word) const {
-    return word >= threshold_high_;
-  }
+  __device__ __forceinline__ bool keeps_odd(uint32_t word) const { return word >= threshold_high_; }
   // Zeroes the dropped elements of the 16x16 block of P at (row, col), held as two accumulators
   // side by side.
   __device__ __forceinline__ void apply(float (&left)[4], float (&right)[4], int row,

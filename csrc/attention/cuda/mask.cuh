@@ -10,7 +10,8 @@ namespace jax_flash::attention {
 
 // Sets the forbidden elements of S to -inf. rS[m][n][e] of lane l is element (row + 16 m + l / 4 +
 // 8 (e / 2), col + 8 n + 2 (l % 4) + e % 2); `row` and `col` count from the sequence's start and
-// are those of the warp's block. Rows past query_length keep what they have.
+// are those of the warp's block, multiples of 16 and of 8. Rows past query_length keep what they
+// have.
 template <int kM, int kN>
 __device__ __forceinline__ void mask_scores(float (&rS)[kM][kN][4], const Sequence& s,
                                             const BlockMask& blocks, int row, int col) {
@@ -30,14 +31,14 @@ __device__ __forceinline__ void mask_scores(float (&rS)[kM][kN][4], const Sequen
           if (8 * n + e < low || 8 * n + e > high) score = -INFINITY;
         }
       }
-      if (blocks.data != nullptr && i < s.query_length) {
-        const uint8_t* block_row = blocks.data + int64_t{i / blocks.rows} * blocks.num_cols;
+    }
+    if (blocks.data != nullptr) {
+      const int i = min(row + 16 * m, s.query_length - 1);  // rows past the end: any that exists
+      const uint32_t groups = blocks.column_groups<kN>(i, col, s.key_length);
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {  // block columns are multiples of 8
-          const int j = col + 8 * n;
-          if (j < s.key_length && block_row[j / blocks.cols] == 0) {
-            rS[m][n][2 * half] = rS[m][n][2 * half + 1] = -INFINITY;
-          }
+      for (int n = 0; n < kN; ++n) {
+        if ((groups >> n & 1) == 0) {
+          rS[m][n][0] = rS[m][n][1] = rS[m][n][2] = rS[m][n][3] = -INFINITY;
         }
       }
     }

@@ -8,24 +8,26 @@
 namespace jax_flash::attention {
 
 struct Schedule {
-  int32_t slots;       // per (head, batch entry)
-  int32_t group;       // heads of a group; divides the number of heads
+  int32_t slots;  // per (head, batch entry)
+  int32_t group;  // heads of a group; divides the number of heads
+  int32_t heads, heads_per_kv;
   bool is_descending;  // last slot first
 
   int64_t num_ctas(const Problem& p) const { return int64_t{slots} * p.heads * num_batches(p); }
 };
 
 struct Work {
-  int slot, head;
+  int slot, head, kv_head;
   uint32_t batch;
 
-  __device__ Work(const Schedule& schedule, int heads, uint32_t cta) {
-    const uint32_t slots = schedule.slots, group = schedule.group;
+  __device__ Work(const Schedule& schedule, uint32_t cta) {
+    const uint32_t slots = schedule.slots, group = schedule.group, heads = schedule.heads;
     const uint32_t section = cta / (slots * group), rest = cta % (slots * group);
     const uint32_t head_of_all = section * group + rest % group;
     slot = static_cast<int>(rest / group);
     if (schedule.is_descending) slot = static_cast<int>(slots) - 1 - slot;
     head = static_cast<int>(head_of_all % heads);
+    kv_head = head / schedule.heads_per_kv;
     batch = head_of_all / heads;
   }
 };
@@ -37,13 +39,15 @@ inline Schedule forward_schedule(const Problem& p, int block_m, int element_byte
   schedule.slots = static_cast<int32_t>(num_slots(p, p.seq_q, block_m));
   schedule.is_descending = p.mask.window_right < p.seq_k;
   schedule.group = 1;
+  schedule.heads = static_cast<int32_t>(p.heads);
+  schedule.heads_per_kv = static_cast<int32_t>(p.heads / p.kv_heads);
   if (schedule.is_descending) {
     constexpr int64_t kL2Bytes = INT64_C(32) << 20;  // of the 40 to 60 MB of A100 and H200
-    const int64_t head_bytes = p.seq_k * (p.head_dim + p.value_dim) * element_bytes;
-    const int64_t shared_by = p.heads / p.kv_heads;  // query heads that read the same keys
+    const int64_t keys = p.seq_k / (p.mask.varlen && p.num_sequences > 0 ? p.num_sequences : 1);
+    const int64_t head_bytes = keys * (p.head_dim + p.value_dim) * element_bytes;
     for (int64_t group = 1; group <= p.heads; ++group) {
       if (p.heads % group != 0) continue;
-      if ((group + shared_by - 1) / shared_by * head_bytes <= kL2Bytes) {
+      if ((group + schedule.heads_per_kv - 1) / schedule.heads_per_kv * head_bytes <= kL2Bytes) {
         schedule.group = static_cast<int32_t>(group);
       }
     }
