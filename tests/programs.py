@@ -127,13 +127,17 @@ def largest_array(compiled_text: str) -> tuple[int, str]:
     return max((int(np.prod([int(n) for n in s.split(",")])), s) for s in shapes)
 
 
-_COLLECTIVES = (
-    r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
+_COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 
 
-def collectives(compiled_text: str) -> dict[str, int]:
-    return dict(collections.Counter(re.findall(_COLLECTIVES, compiled_text)))
+def collectives(compiled_text: str) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of all results of every collective in an optimised HLO program."""
+    found = collections.defaultdict(list)
+    for line in compiled_text.splitlines():
+        if match := re.search(rf" = (.*) ({_COLLECTIVES})(?:-start)?\(", line):
+            for dims in re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]*)\]", match[1]):
+                found[match[2]].append(tuple(int(n) for n in dims.split(",") if n))
+    return dict(found)
 
 
 def forget_warnings() -> None:

@@ -20,7 +20,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,30 @@ class Signature:
         for an operand that is off.
       shardable: names (besides the batch axes) along which devices may share the call, with the
         number of equal parts it falls into: {"N": kv_heads}.
-      aliases: names that are cut wherever another is: {"K": "N"}.
+      aliases: names that are cut wherever another is, one to each part: {"K": "N"}. Where several
+        devices share a part, such an axis stays whole: each device takes its own one from it, and
+        results with this axis are sums over devices.
     """
 
     operands: tuple[Axes, ...]
     results: tuple[Axes, ...]
     shardable: dict[str, int]
     aliases: dict[str, str]
+
+
+class _Cut(NamedTuple):
+    """How devices share a call.
+
+    Attributes:
+      operands, results: a PartitionSpec for each array.
+      operand_places, result_places: for each array the (axis, mesh axes) that stays whole though
+        the call is cut by it, or None.
+    """
+
+    operands: list[PartitionSpec]
+    results: list[PartitionSpec]
+    operand_places: list[tuple[int, tuple[str, ...]] | None]
+    result_places: list[tuple[int, tuple[str, ...]] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +141,7 @@ class Op:
         mesh = core.get_cur_mesh_sharding().mesh
         specs = [PartitionSpec()] * len(results)
         if any(entry is not None for a in avals for entry in a.sharding.spec):  # explicit axes
-            specs = self._specs(config, avals, [a.sharding.spec for a in avals], mesh)[1]
+            specs = self._cut(config, avals, [a.sharding.spec for a in avals], mesh).results
         varying = core.standard_vma_rule(self.name, *avals)
         return [
             core.ShapedArray(
@@ -139,6 +156,12 @@ class Op:
     def _batch(self, operands, axes, *, config):
         """vmap: one more batch axis, of size 1 where an operand is not mapped."""
         unbatched = [_without_axis(x, axis) for x, axis in zip(operands, axes, strict=True)]
+        # What is off stays off, though a loop may have given it the mapped axis.
+        operands = [
+            jnp.zeros(u.shape, u.dtype) if is_off(u) else x
+            for x, u in zip(operands, unbatched, strict=True)
+        ]
+        axes = [None if is_off(u) else axis for axis, u in zip(axes, unbatched, strict=True)]
         names = self._signature(config, *unbatched).operands
         moved = []
         for x, axis, name in zip(operands, axes, names, strict=True):
@@ -173,10 +196,11 @@ class Op:
         }
         return signature, named[: len(avals)], named[len(avals) :], sizes
 
-    def _specs(self, config, avals, given, mesh):
+    def _cut(self, config, avals, given, mesh) -> _Cut:
         """The one way to cut the call: an axis goes as the first operand that cuts it has it."""
         signature, operand_axes, result_axes, sizes = self._named_axes(config, avals)
         chosen: dict[str, Any] = {}
+        shared: dict[str, tuple[str, ...]] = {}
         used: set[str] = set()
         for axes, spec in zip(operand_axes, given, strict=True):
             for name, entry in zip(axes, tuple(spec or ()), strict=False):  # a spec may be short
@@ -186,14 +210,38 @@ class Op:
                 mesh_axes = (entry,) if isinstance(entry, str) else entry
                 devices = math.prod(mesh.shape[axis] for axis in mesh_axes)
                 parts = sizes[name] if name.startswith("b") else signature.shardable.get(name)
-                if parts is not None and parts % devices == 0 and not used & set(mesh_axes):
-                    chosen[name] = entry
-                    used |= set(mesh_axes)
+                if parts is None or used & set(mesh_axes):
+                    continue
+                if parts % devices != 0:
+                    if devices % parts != 0 or sizes[name] % devices != 0:
+                        continue
+                    shared[name] = mesh_axes
+                chosen[name] = entry
+                used |= set(mesh_axes)
 
-        def spec_of(axes):
-            return PartitionSpec(*(chosen.get(signature.aliases.get(n, n)) for n in axes))
+        def entry_of(name):
+            target = signature.aliases.get(name, name)
+            return None if target != name and target in shared else chosen.get(target)
 
-        return [spec_of(axes) for axes in operand_axes], [spec_of(axes) for axes in result_axes]
+        def specs(arrays):
+            return [PartitionSpec(*(entry_of(name) for name in axes)) for axes in arrays]
+
+        def places(arrays):  # of axes that stay whole though others are cut by them
+            return [
+                next(
+                    (
+                        (i, shared[signature.aliases[name]])
+                        for i, name in enumerate(axes)
+                        if signature.aliases.get(name) in shared
+                    ),
+                    None,
+                )
+                for axes in arrays
+            ]
+
+        return _Cut(
+            specs(operand_axes), specs(result_axes), places(operand_axes), places(result_axes)
+        )
 
     def _partitioned(self, *operands, config):
         avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
@@ -201,11 +249,6 @@ class Op:
         # What is off has nothing to cut: it stays outside of the partitioned call.
         on = [i for i, x in enumerate(operands) if not is_off(x)]
         on_results = [i for i, x in enumerate(results) if not is_off(x)]
-
-        def local(*shards):
-            # One shard knows of no mesh: a sharding named in here would outlive the partitioner.
-            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-                return one_shard(*shards)
 
         def one_shard(*shards):
             given = iter(shards)
@@ -215,22 +258,40 @@ class Op:
             out = self._local.bind(*vary_together(*full), config=config)
             return tuple(out[i] for i in on_results)
 
-        def specs(mesh, arg_shapes):
+        def cut(mesh, arg_shapes):
             given: list[Any] = [None] * len(avals)
             for i, a in zip(on, arg_shapes, strict=True):
                 given[i] = _spec_of(a.sharding, len(a.shape), mesh)
-            operand_specs, result_specs = self._specs(config, avals, given, mesh)
-            return (
-                tuple(NamedSharding(mesh, operand_specs[i]) for i in on),
-                tuple(NamedSharding(mesh, result_specs[i]) for i in on_results),
-            )
+            return self._cut(config, avals, given, mesh)
 
         def partition(mesh, arg_shapes, result_shapes):
-            operand_shardings, result_shardings = specs(mesh, arg_shapes)
-            return mesh, local, result_shardings, operand_shardings
+            c = cut(mesh, arg_shapes)
+            takes = [c.operand_places[i] for i in on]
+            sums = [c.result_places[i] for i in on_results]
+
+            def share(*shards):
+                own = (_own_part(x, place, mesh) for x, place in zip(shards, takes, strict=True))
+                wholes = (results[i].shape for i in on_results)
+                return tuple(
+                    _sum_of_parts(x, place, mesh, whole)
+                    for x, place, whole in zip(one_shard(*own), sums, wholes, strict=True)
+                )
+
+            def local(*shards):
+                # A shard knows of no mesh: a sharding named in here would outlive the partitioner.
+                with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                    return share(*shards)
+
+            return (
+                mesh,
+                local,
+                tuple(NamedSharding(mesh, c.results[i]) for i in on_results),
+                tuple(NamedSharding(mesh, c.operands[i]) for i in on),
+            )
 
         def infer_sharding_from_operands(mesh, arg_shapes, result_shapes):
-            return specs(mesh, arg_shapes)[1]
+            specs = cut(mesh, arg_shapes).results
+            return tuple(NamedSharding(mesh, specs[i]) for i in on_results)
 
         call = custom_partitioning(one_shard)
         signature, operand_axes, result_axes, sizes = self._named_axes(config, avals)
@@ -309,11 +370,36 @@ def _spec_of(sharding, rank: int, mesh) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
+def _part(axis: int, mesh_axes, mesh, parts: int):
+    """Which of `parts` is this device's, where several devices share each."""
+    devices = math.prod(mesh.shape[name] for name in mesh_axes)
+    return jax.lax.axis_index(mesh_axes) // (devices // parts)
+
+
+def _own_part(x, place, mesh):
+    if place is None:
+        return x
+    axis, mesh_axes = place
+    at = _part(axis, mesh_axes, mesh, x.shape[axis])
+    return jax.lax.dynamic_slice_in_dim(x, at, 1, axis)
+
+
+def _sum_of_parts(x, place, mesh, whole: Sequence[int]):
+    if place is None:
+        return x
+    axis, mesh_axes = place
+    at = _part(axis, mesh_axes, mesh, whole[axis])
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    full = jnp.zeros((*x.shape[:axis], whole[axis], *x.shape[axis + 1 :]), wide)
+    full = jax.lax.dynamic_update_slice_in_dim(full, x.astype(wide), at, axis)
+    return jax.lax.psum(full, mesh_axes).astype(x.dtype)
+
+
 def _shardy_rule(signature, operand_axes, result_axes, sizes):
     """The sharding rule in Shardy's notation (einsum-like, one factor an axis).
 
     An axis that must stay whole gets a factor of its own that asks for replication. Where G query
-    heads share a kv head, N = (K G) and only K may be cut: a query head never leaves its kv head.
+    heads share a kv head, N = (K G).
     """
     whole: list[str] = []  # in order of appearance, as Shardy wants them
     factor_sizes: dict[str, int] = {}
@@ -331,11 +417,9 @@ def _shardy_rule(signature, operand_axes, result_axes, sizes):
         parts = signature.shardable.get(name)
         if parts is None or sizes[name] == parts:
             return factor(name)
-        if parts == 1:  # a factor of size 1 may not stand beside another one
-            return factor("")
         group = f"{name.lower()}group"
-        if group not in factor_sizes:
-            whole.append(group)
+        if parts == 1:  # a factor of size 1 may not stand beside another one
+            return group
         factor_sizes[group] = sizes[name] // parts
         return f"({name.lower()} {group})"
 
