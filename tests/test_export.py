@@ -51,8 +51,11 @@ def arguments():
 
 
 def stored(f, *args, platforms=None, **options):
-    """Exported, serialised and read again."""
+    """Exported for the device in use (not the default backend), serialised and read again."""
     pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
+    if platforms is None:
+        (device,) = jnp.zeros(()).devices()
+        platforms = ["cuda" if device.platform == "gpu" else device.platform]
     exported = export.export(
         jax.jit(f), platforms=platforms, disabled_checks=jax_flash.export_checks()
     )(*args)
