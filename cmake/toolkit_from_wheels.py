@@ -21,11 +21,18 @@ def main(folder: pathlib.Path) -> str:
     else:
         missing = [n for n in NEEDED if not any((root / n).exists() for root in candidates)]
         return f"jax_flash: expected the wheels {WHEELS}; {', '.join(missing)} not found"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("bin", "include", "nvvm", "lib", "lib64"):
+    # nvcc looks for everything at its own folder's parent, and there for lib64; CMake wants
+    # libcudart.so, though nothing links it.
+    links = {name: root / name for name in ("include", "nvvm")} | {"lib64": folder / "lib"}
+    for part in ("bin", "lib"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        links |= {f"{part}/{path.name}": path for path in (root / part).iterdir()}
+    for path in (root / "lib").glob("libcudart.so.*"):
+        links["lib/libcudart.so"] = path
+    for name, target in links.items():
         link = folder / name
-        if not link.is_symlink():
-            link.symlink_to(root / name.replace("lib64", "lib"))
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
     print(folder)
     return ""
 

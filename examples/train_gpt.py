@@ -145,7 +145,10 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         path = args.resume / "config.json"
         if not path.is_file():
             parser.error(f"--resume: no run in {args.resume} (there is no {path})")
-        saved = json.loads(path.read_text())
+        try:
+            saved = json.loads(path.read_text())
+        except ValueError as error:
+            parser.error(f"--resume: {path} is damaged: {error}")
         for name in saved:
             given = getattr(args, name, None)
             given = str(given.resolve()) if isinstance(given, Path) else given
@@ -331,6 +334,7 @@ def train(args: argparse.Namespace, directory: Path) -> dict:
                 waiting.clear()
             file.flush()
 
+        done = start
         for index in range(start, args.steps):
             tokens = batch_at(index, args.train, args.batch, args.context, args.seed)
             state, loss = step(state, tokens)

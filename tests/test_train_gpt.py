@@ -161,6 +161,10 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(finished, text, tmp_pat
     (changed / "config.json").write_text(json.dumps(config | {"text": str(other)}))
     with pytest.raises(SystemExit, match="the text is not the one"):
         train_gpt.main(["--resume", str(changed)])
+    (changed / "config.json").write_text("{")
+    with pytest.raises(SystemExit):
+        train_gpt.main(["--resume", str(changed)])
+    assert "config.json is damaged" in capsys.readouterr().err
 
 
 def test_help_and_missing_packages():

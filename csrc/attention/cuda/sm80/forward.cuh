@@ -254,8 +254,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       const float factor = takes_part ? softmax.normalizer(m, half) * keep_scale : 0.0f;
 #pragma unroll
       for (int d = 0; d < kFragmentsD; ++d) {
-        rO[m][d][2 * half] *= factor;
-        rO[m][d][2 * half + 1] *= factor;
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {  // 0 times a NaN of V is no zero
+          rO[m][d][e] = factor == 0.0f ? 0.0f : rO[m][d][e] * factor;
+        }
       }
       if (lane % 4 == 0 && row < s.query_rows) {
         job.lse[row] = takes_part ? softmax.lse(m, half) : -INFINITY;
