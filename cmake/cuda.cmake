@@ -2,8 +2,8 @@
 #
 #   JAX_FLASH_CUDA=AUTO|ON|OFF       AUTO builds _cuda if there is an nvcc, ON insists on it
 #   JAX_FLASH_NVCC_FROM_WHEELS=ON    takes nvcc from the wheels nvidia-cuda-nvcc, nvidia-nvvm,
-#                                    nvidia-cuda-crt, nvidia-cuda-cccl and nvidia-cuda-runtime of the
-#                                    Python that builds
+#                                    nvidia-cuda-crt, nvidia-cuda-cccl and nvidia-cuda-runtime of
+#                                    the Python that builds
 set(JAX_FLASH_CUDA "AUTO" CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
 set_property(CACHE JAX_FLASH_CUDA PROPERTY STRINGS AUTO ON OFF)
 option(JAX_FLASH_NVCC_FROM_WHEELS "Use nvcc from Python's nvidia-* wheels" OFF)
@@ -64,14 +64,15 @@ nanobind_add_module(_cuda STABLE_ABI NB_STATIC
   csrc/attention/ffi_cuda.cc)
 target_include_directories(_cuda PRIVATE csrc ${XLA_FFI_INCLUDE})
 target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
-# cudart stays private: JAX brings its own. Nothing links libcuda, so _cuda imports without a driver.
+# cudart stays private: JAX brings its own. Nothing links libcuda: _cuda imports without a driver.
 target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)
 set_target_properties(_cuda PROPERTIES LINKER_LANGUAGE CXX CUDA_RUNTIME_LIBRARY None)
 
 # sm_80 is the complete implementation. Its machine code serves Ampere and Ada; Hopper gets its own
 # from the same PTX, since compiling it at the first call would take tens of seconds; newer GPUs
 # compile the PTX.
-file(GLOB sm80_sources CONFIGURE_DEPENDS csrc/attention/cuda/*.cu csrc/attention/cuda/instances/*.cu)
+file(GLOB sm80_sources CONFIGURE_DEPENDS
+  csrc/attention/cuda/*.cu csrc/attention/cuda/instances/*.cu)
 jax_flash_kernels(sm80
   GENCODE "arch=compute_80,code=[sm_80,compute_80]" "arch=compute_80,code=sm_90"
   SOURCES ${sm80_sources})

@@ -9,7 +9,7 @@ const char* launch_attention_forward(const ForwardParams& p, cudaStream_t stream
   }
   if (p.dtype == DType::kF32) {
     return with_coarse_head_dim(p,
-                                  [&]<int kHeadDim>() { return forward_f32<kHeadDim>(p, stream); });
+                                [&]<int kHeadDim>() { return forward_f32<kHeadDim>(p, stream); });
   }
   return with_head_dim(p, [&]<int kHeadDim>() -> const char* {
     switch (p.dtype) {

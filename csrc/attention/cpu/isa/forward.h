@@ -20,14 +20,15 @@ inline constexpr double kLn2 = 0.6931471805599453;
 struct ForwardScratch {
   ForwardScratch(const ForwardParams& p, int64_t lanes, void* base) : arena(base) {
     const int64_t panel = kBlockVecs * kLanes;
+    lane_stride = odd_lines(lanes);
     q_rows = arena.take(lanes * p.head_dim / kPack);
-    q_t = arena.take(lanes * p.head_dim / kPack);
+    q_t = arena.take(lane_stride * p.head_dim / kPack);
     k = arena.take(kKeyTile * p.head_dim / kPack);
     v_rows = arena.take(kKeyTile * p.value_dim / kPack);
     v = kPack == 1 ? v_rows : arena.take(kKeyTile * p.value_dim / kPack);
     s = arena.take(kKeyTile * panel);
     words = kPack == 1 ? s : arena.take(kKeyTile * panel / kPack);
-    o_t = arena.take(lanes * p.value_dim);
+    o_t = arena.take(lane_stride * p.value_dim);
     o_rows = arena.take(lanes * p.value_dim);
     m = arena.take(lanes);
     l = arena.take(lanes);
@@ -36,14 +37,15 @@ struct ForwardScratch {
     tile = arena.take<QueryTile>(1);
   }
   Arena arena;
+  int64_t lane_stride;
   float* q_rows;    // [lanes][head_dim / kPack]
-  float* q_t;       // [head_dim / kPack][lanes]
+  float* q_t;       // [head_dim / kPack][lane_stride]
   float* k;         // [kKeyTile][head_dim / kPack]
   float* v_rows;    // [kKeyTile][value_dim / kPack]
   float* v;         // [kKeyTile / kPack][value_dim]
   float* s;         // [kKeyTile][panel]: scores of one panel, then P
   float* words;     // [kKeyTile / kPack][panel]: P as words
-  float* o_t;       // [value_dim][lanes]
+  float* o_t;       // [value_dim][lane_stride]
   float* o_rows;    // [lanes][value_dim]
   float* m;         // [lanes]: maximum of the scores so far, without the scale
   float* l;         // [lanes]: sum of P so far
@@ -84,7 +86,7 @@ void online_softmax(float* s, int64_t stride, int64_t keys, float scale_log2, fl
         even = kept_even(draw, threshold) ? even : Float{};
         odd = kept_odd(draw, threshold) ? odd : Float{};
       }
-      store_words(words + j / kPack * stride + v * kLanes, stride, even, odd);
+      store_words(even, odd, stride, words + j / kPack * stride + v * kLanes, nullptr);
     }
   }
   for (int v = 0; v < kVecs; ++v) store(l + v * kLanes, total[v]);
@@ -109,11 +111,11 @@ inline void finish_tile(const ForwardParams& p, const Sequence& sequence, int64_
   }
   for (int64_t d = 0; d < p.value_dim; ++d) {
     for (int64_t i = 0; i < lanes; i += kLanes) {
-      float* place = scratch.o_t + d * lanes + i;
+      float* place = scratch.o_t + d * scratch.lane_stride + i;
       store(place, load<Float>(place) * load<Float>(scratch.alpha + i));
     }
   }
-  transpose(scratch.o_t, p.value_dim, lanes, lanes, scratch.o_rows, p.value_dim);
+  transpose(scratch.o_t, p.value_dim, lanes, scratch.lane_stride, scratch.o_rows, p.value_dim);
   const Rows16or32 out = rows_of(p.o, p.dtype, sequence, head, sequence.query_begin + begin);
   for (int64_t i = 0; i < rows; ++i) {
     store_row(scratch.o_rows + i * p.value_dim, out.dtype, p.value_dim,
@@ -141,8 +143,8 @@ inline void forward_panel(const ForwardParams& p, const DropoutState& dropout, i
 
   // S^T = K Q^T
   product<Order::kRowMajor, Start::kZero>({scratch.k + skipped * head_words, head_words}, count,
-                                          {scratch.q_t + lane, lanes}, vecs, {scratch.s, panel},
-                                          head_words);
+                                          {scratch.q_t + lane, scratch.lane_stride}, vecs,
+                                          {scratch.s, panel}, head_words);
   if (kind == TileKind::kPartial) {
     mask_scores(tile, lane_begin, vecs, keys, scratch.s, panel);
   }
@@ -158,7 +160,7 @@ inline void forward_panel(const ForwardParams& p, const DropoutState& dropout, i
   // O^T = O^T alpha + V^T P
   product<Order::kStepMajor, Start::kScale>(
       {scratch.v + skipped / kPack * p.value_dim, p.value_dim}, p.value_dim, {scratch.words, panel},
-      vecs, {scratch.o_t + lane, lanes}, count / kPack, scratch.alpha + lane);
+      vecs, {scratch.o_t + lane, scratch.lane_stride}, count / kPack, scratch.alpha + lane);
 }
 
 inline void forward_tile(const ForwardParams& p, const Sequence& sequence, int64_t head,
@@ -175,12 +177,12 @@ inline void forward_tile(const ForwardParams& p, const Sequence& sequence, int64
   load_tile(rows_of(p.q, p.dtype, sequence, head, sequence.query_begin + begin), rows, lanes,
             p.head_dim, scratch.q_rows, head_words);
   apply_sign(scratch.q_rows, lanes * head_words, p.scale);
-  transpose(scratch.q_rows, lanes, head_words, head_words, scratch.q_t, lanes);
+  transpose(scratch.q_rows, lanes, head_words, head_words, scratch.q_t, scratch.lane_stride);
   for (int64_t i = 0; i < lanes; ++i) {
     scratch.m[i] = -__builtin_inff();
     scratch.l[i] = 0;
   }
-  std::memset(scratch.o_t, 0, lanes * p.value_dim * 4);
+  std::memset(scratch.o_t, 0, scratch.lane_stride * p.value_dim * 4);
 
   const KeyRange seen = visible_keys(tile, 0, static_cast<int>(lanes));
   for (int64_t j = seen.begin / kKeyTile * kKeyTile; j < seen.end; j += kKeyTile) {

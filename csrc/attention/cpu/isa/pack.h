@@ -11,6 +11,9 @@ namespace jax_flash::attention::cpu::JAX_FLASH_ISA {
 JAX_FLASH_INLINE int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
+// The stride of an array of words that is walked down its rows: an odd number of 64-byte lines, so
+// that rows spread over all sets of the L1 cache.
+JAX_FLASH_INLINE int64_t odd_lines(int64_t words) { return round_up(words, 16) | 16; }
 JAX_FLASH_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 JAX_FLASH_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -178,25 +181,28 @@ inline void pair_rows(const float* src, int64_t rows, int64_t dim, int64_t src_s
   }
 }
 
-// Stores kLanes results of keys j and j + 1, or of two rows whose sum is over their axis, as words.
-JAX_FLASH_INLINE void store_words(float* words, int64_t stride, Float even, Float odd) {
-  if constexpr (kPack == 2) {
-    const Int low = __builtin_convertvector(to_bf16(even), Int);
-    const Int high = __builtin_convertvector(to_bf16(odd), Int);
-    store(words, low | (high << 16));
-  } else {
-    store(words, even);
-    store(words + stride, odd);
+// The results of keys j and j + 1 in kLanes queries, as words: `keys` takes them for a sum over
+// keys, `rows` (either may be null) for a sum over queries, where each stays a row of its own.
+// A row of words is `stride` floats long in `keys` and stride / kPack in `rows`.
+JAX_FLASH_INLINE void store_words(Float even, Float odd, int64_t stride, float* keys, float* rows) {
+#if defined(__AVX512BF16__)
+  const __m512i both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  if (rows != nullptr) {
+    store(rows, _mm512_castsi512_si256(both));
+    store(rows + stride / kPack, _mm512_extracti64x4_epi64(both, 1));
   }
-}
-
-// Stores kLanes consecutive elements of a row of words.
-JAX_FLASH_INLINE void store_row_words(float* words, Float x) {
-  if constexpr (kPack == 2) {
-    store(words, to_bf16(x));
-  } else {
-    store(words, x);
+  if (keys != nullptr) {
+    const __m512i interleave =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    store(keys, _mm512_permutexvar_epi16(interleave, both));
   }
+#else
+  // Words are floats: both sums read the same array.
+  float* to = keys != nullptr ? keys : rows;
+  store(to, even);
+  store(to + stride, odd);
+#endif
 }
 
 }  // namespace jax_flash::attention::cpu::JAX_FLASH_ISA
