@@ -80,6 +80,31 @@ def test_stored_with_its_gradient(implementation):
     assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    "name, symbols",
+    [
+        ("xla", f"b, {T}, {N}, {H}"),
+        pytest.param("cpu", f"b, {T}, {N}, {H}", marks=installed("cpu")),
+        pytest.param("cpu", f"b, t, {N}, {H}", marks=installed("cpu")),
+    ],
+)
+def test_symbolic_shapes(name, symbols):
+    """One program for any batch; with kernels, for any length."""
+
+    def f(*x):
+        attend = functools.partial(jax_flash.attention, is_causal=True, implementation=name)
+        out, pullback = jax.vjp(attend, *x)
+        return out, *pullback(jnp.cos(out))
+
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(symbols), jnp.float32)
+    exported = export.export(
+        jax.jit(f), platforms=["cpu"], disabled_checks=jax_flash.export_checks()
+    )(x, x, x)
+    with jax.default_device(jax.devices("cpu")[0]):
+        given = [normal(i, 3, T, N, H) for i in range(3)]
+        assert_close(exported.call(*given), jax.jit(f)(*given), 1e-6)
+
+
 @installed("cpu")
 def test_the_checks_name_our_custom_calls():
     """Without them jax refuses to promise that the program will run elsewhere, and they are all."""
