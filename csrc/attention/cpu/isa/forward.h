@@ -149,8 +149,7 @@ inline void forward_panel(const ForwardParams& p, const DropoutState& dropout, i
   const KeyRange seen = visible_keys(tile, lane_begin, lane_end);
   const KeyRange keys = {most(tile_begin, seen.begin / 8 * 8),
                          least(round_up(tile_end, 8), round_up(seen.end, 8))};
-  const TileKind kind = keys.begin < keys.end ? ask(tile, lane_begin, lane_end, keys)  //
-                                              : TileKind::kSkip;
+  const TileKind kind = ask(tile, lane_begin, lane_end, keys);
   if (kind == TileKind::kSkip) return;
   const int64_t skipped = keys.begin - tile_begin, count = keys.end - keys.begin;
   const int64_t head_words = p.head_dim / kPack;
