@@ -85,15 +85,18 @@ class GPT(nn.Module):
         """tokens: integers [B, T] below 256, T <= context. Returns float32 logits [B, T, 256]."""
         config = self.config
         small = nn.initializers.normal(0.02)  # keeps the first loss at log(256) = 5.55
-        embed = nn.Embed(VOCABULARY, config.width, dtype=config.dtype, embedding_init=small)
+        table = self.param("embedding", small, (VOCABULARY, config.width)).astype(config.dtype)
         positions = self.param("positions", small, (config.context, config.width))
-        x = embed(tokens) + positions[: tokens.shape[1]].astype(config.dtype)
+        # A product rather than a lookup: its gradient is a product too, not a scatter-add, which on
+        # a GPU is slow into so few rows, and sums in another order on every run.
+        x = jax.nn.one_hot(tokens, VOCABULARY, dtype=config.dtype) @ table
+        x = x + positions[: tokens.shape[1]].astype(config.dtype)
         x = x * math.sqrt(config.width)  # as in "Attention is all you need", section 3.4
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
         for _ in range(config.layers):
             x = Block(config)(x, deterministic)
         x = nn.LayerNorm(use_bias=False, dtype=config.dtype)(x)
-        return embed.attend(x).astype(jnp.float32)
+        return (x @ table.T).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "length"))

@@ -45,7 +45,7 @@ import jax_flash
 DEFAULTS = {
     "cpu": dict(layers=2, width=192, heads=6, context=256, batch=8, steps=1000, dtype="float32")
     | dict(learning_rate=3e-3, dropout=0.0),
-    "gpu": dict(layers=8, width=512, heads=8, context=1024, batch=32, steps=1000, dtype="bfloat16")
+    "gpu": dict(layers=8, width=512, heads=8, context=1024, batch=32, steps=700, dtype="bfloat16")
     | dict(learning_rate=1e-3, dropout=0.2),
 }
 ALWAYS = dict(text=None, seed=0, attention="flash", attention_dropout=0.0, validation=0.1)

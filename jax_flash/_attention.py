@@ -80,7 +80,7 @@ def check_qkv(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
 
 def check_sizes(seq_q: int, seq_k: int) -> None:
     for name, size in (("query", seq_q), ("key", seq_k)):
-        if size > _MAX_ROWS:
+        if isinstance(size, int) and size > _MAX_ROWS:  # not a symbol of jax.export
             refuse(name, f"a sequence axis of at most {_MAX_ROWS}", size)
 
 
@@ -142,6 +142,8 @@ def concrete(x: Any) -> np.ndarray | None:
     Ask before jnp touches `x`: under jit that makes a tracer of it.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x)):
+        return None
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:  # of several processes
         return None
     return np.asarray(x)
 

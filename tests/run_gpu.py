@@ -92,6 +92,11 @@ def main(argv=None) -> int:
     if unknown := set(parts) - {"tests", "memcheck", "racecheck"}:
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the tests need the memory
+    # Plain forms are compiled to run once: a search for their fastest matmul takes minutes.
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    )
     import jax
 
     if jax.default_backend() != "gpu":

@@ -51,8 +51,11 @@ def arguments():
 
 
 def stored(f, *args, platforms=None, **options):
-    """Exported, serialised and read again."""
+    """Exported for the device in use (not the default backend), serialised and read again."""
     pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
+    if platforms is None:
+        (device,) = jnp.zeros(()).devices()
+        platforms = ["cuda" if device.platform == "gpu" else device.platform]
     exported = export.export(
         jax.jit(f), platforms=platforms, disabled_checks=jax_flash.export_checks()
     )(*args)
@@ -75,6 +78,31 @@ def test_stored_with_its_gradient(implementation):
     got = jax.grad(lambda *x: jnp.sum(jnp.sin(program.call(*x))), (0, 1, 2))(*qkv())
     want = jax.grad(lambda *x: jnp.sum(jnp.sin(plain(*x)[0])), (0, 1, 2))(*qkv())
     assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "name, symbols",
+    [
+        ("xla", f"b, {T}, {N}, {H}"),
+        pytest.param("cpu", f"b, {T}, {N}, {H}", marks=installed("cpu")),
+        pytest.param("cpu", f"b, t, {N}, {H}", marks=installed("cpu")),
+    ],
+)
+def test_symbolic_shapes(name, symbols):
+    """One program for any batch; with kernels, for any length."""
+
+    def f(*x):
+        attend = functools.partial(jax_flash.attention, is_causal=True, implementation=name)
+        out, pullback = jax.vjp(attend, *x)
+        return out, *pullback(jnp.cos(out))
+
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(symbols), jnp.float32)
+    exported = export.export(
+        jax.jit(f), platforms=["cpu"], disabled_checks=jax_flash.export_checks()
+    )(x, x, x)
+    with jax.default_device(jax.devices("cpu")[0]):
+        given = [normal(i, 3, T, N, H) for i in range(3)]
+        assert_close(exported.call(*given), jax.jit(f)(*given), 1e-6)
 
 
 @installed("cpu")

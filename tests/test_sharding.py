@@ -363,6 +363,30 @@ def test_explicit_axes_that_must_be_gathered(implementation):
     assert_close(jax.device_get(out), jax.device_get(plain(*qkv(*shape))[0]))
 
 
+@pytest.mark.parametrize("by", ["batch", "heads"])
+def test_hessian_vector_product(implementation, by):
+    """The second derivative is XLA's own: with explicit axes and with automatic ones."""
+    shape, spec = ((4, 4, 2), P("a")) if by == "batch" else ((2, 8, 4), HEADS)
+
+    def product(f):
+        def slope(*x):
+            gradients = jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), (0, 1, 2))(*x)
+            return sum(jnp.sum(g * g) for g in gradients)
+
+        return jax.grad(slope, (0, 1, 2))
+
+    x = qkv(*shape)
+    want = jax.device_get(product(lambda *x: plain(*x)[0])(*x))
+    attend = functools.partial(jax_flash.attention, implementation=implementation)
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        mesh = mesh_of(4, kind=kind)
+        with jax.set_mesh(mesh):
+            got, traffic = run(product(attend), *put(mesh, x, (spec,) * 3))
+        assert set(traffic) <= {"all-reduce"}  # of the scalar, whose value nobody wants
+        assert same_sharding(got[1], mesh, spec)
+        assert_close(jax.device_get(got), want, 1e-4)
+
+
 def test_explicit_axes_under_vmap(implementation):
     mesh = mesh_of(4, kind=AxisType.Explicit)
     query, key, value = normal(0, 4, T, 4, H), normal(1, S, 2, H), normal(2, S, 2, HV)

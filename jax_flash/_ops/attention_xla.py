@@ -10,13 +10,13 @@ broadcast.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jax_flash._ops import dropout
-from jax_flash._ops._op import vary_together
 
 _CHUNK_BYTES = 32 << 20  # aim for one chunk of scores
 
@@ -183,9 +183,9 @@ def _einsum(spec, a, b):
 
 
 def _chunk_rows(batch, heads, seq_q, seq_k) -> int:
-    rows = _CHUNK_BYTES // max(1, 4 * batch * heads * seq_k)
-    whole = -(-seq_q // 16) * 16
-    return max(16, min(whole, 1 << max(0, rows.bit_length() - 1)))
+    known = math.prod(n for n in (batch, heads, seq_k) if isinstance(n, int))  # jax.export: symbols
+    rows = max(16, 1 << max(0, (_CHUNK_BYTES // max(1, 4 * known)).bit_length() - 1))
+    return min(rows, -(-seq_q // 16) * 16) if isinstance(seq_q, int) else rows
 
 
 def _size(shape):
@@ -344,8 +344,7 @@ def backward(config, query, key, value, out, lse, dout, dlse, *options):
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)
 
     @jax.checkpoint
-    def step(carry, chunk):
-        dk, dv = carry
+    def of_rows(chunk):
         start, q_rows, do_rows, lse_rows, delta_rows = chunk
         s = _scores(config, q_rows, k, group)
         allowed = _allowed(config, p, start, rows, seq_k)
@@ -363,23 +362,32 @@ def backward(config, query, key, value, out, lse, dout, dlse, *options):
             dp = jnp.where(keep, dp * scale, 0.0)
         ds = (probs * (dp - delta_rows[..., None]) * config.scale).astype(q.dtype)
         ds = _grouped(ds, group)
-        dv += _einsum("...kgts,...tkgh->...skh", _grouped(dropped, group).astype(do.dtype), do)
+        dv = _einsum("...kgts,...tkgh->...skh", _grouped(dropped, group).astype(do.dtype), do)
         q_grouped = q_rows.reshape(*q_rows.shape[:-2], -1, group, q_rows.shape[-1])
-        dk += _einsum("...kgts,...tkgh->...skh", ds, q_grouped)
+        dk = _einsum("...kgts,...tkgh->...skh", ds, q_grouped)
         dq = _einsum("...kgts,...skh->...tkgh", ds, k)
-        return (dk, dv), dq.reshape(*dq.shape[:-3], -1, dq.shape[-1]).astype(q.dtype)
+        return dk, dv, dq.reshape(*dq.shape[:-3], -1, dq.shape[-1]).astype(q.dtype)
 
-    zeros = (jnp.zeros((*lead, *x.shape[-3:]), wide) for x in (k, v))
-    carry = vary_together(*zeros, *arrays, lse, dlse, *options)[:2]
     starts = jnp.arange(count, dtype=jnp.int32) * rows
     chunks = (
         starts,
         *(_chunks(x, -3, rows, count) for x in (q, dout)),
         *(_chunks(x, -1, rows, count) for x in (lse, delta)),
     )
-    (dk, dv), dq = jax.lax.scan(step, carry, chunks)
+    # The first chunk by itself: it gives the sums their shardings, which zeros would not have.
+    dk, dv, dq = of_rows(tuple(x[0] for x in chunks))
+    dq = dq[None]
+    if count > 1:
+
+        def add(sums, chunk):
+            dk, dv, dq = of_rows(chunk)
+            return (sums[0] + dk, sums[1] + dv), dq
+
+        (dk, dv), later = jax.lax.scan(add, (dk, dv), tuple(x[1:] for x in chunks))
+        dq = jnp.concatenate([dq, later])
     dq = jnp.broadcast_to(_joined(dq, -3, seq_q), (*lead, *q.shape[-3:]))
-    dk, dv = dk.astype(k.dtype), dv.astype(v.dtype)
+    dk = jnp.broadcast_to(dk, (*lead, *k.shape[-3:])).astype(k.dtype)
+    dv = jnp.broadcast_to(dv, (*lead, *v.shape[-3:])).astype(v.dtype)
     nothing = jnp.zeros((0,), q.dtype)
     if config.packing == 2:
         return jnp.stack([dq, dk, dv], -3), nothing, nothing
