@@ -2,12 +2,14 @@
 // the definition, pair by pair: which tiles are visited, which are full, which rows a warp may
 // skip, and the element mask of a partial tile. Random lengths, bands and block masks. Prints the
 // number of mistakes; run by tests/test_cuda_masks.py.
+// clang-format off: the language that the kernels' headers need comes before them
+#include "testing/host/cuda_on_host.h"
+// clang-format on
 #include <cstdio>
 #include <random>
 #include <vector>
 
 #include "attention/cuda/mask.cuh"
-#include "testing/host/cuda_on_host.h"  // first: the language that the kernels' headers need
 
 namespace jax_flash::attention {
 namespace {
