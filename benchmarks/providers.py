@@ -22,18 +22,20 @@ class Unsupported(Exception):
     """This provider has no such option, or is not on this machine."""
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key, shape, dtype):
+    return jax.random.normal(key, shape).astype(dtype)
+
+
 def arrays(workload: Workload) -> tuple[jax.Array, ...]:
     """Random q, k, v and dO, normal, in the workload's shapes (varlen: without a batch axis)."""
     lead = () if workload.lengths is not None else (workload.batch,)
     query = (*lead, workload.seq, workload.heads, workload.head_dim)
     key = (*lead, workload.seq, workload.num_kv_heads, workload.head_dim)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def draw(key, shape):
-        return jax.random.normal(key, shape).astype(workload.dtype)
-
     keys = jax.random.split(jax.random.key(workload.seq + workload.head_dim), 4)
-    return tuple(draw(k, s) for k, s in zip(keys, (query, key, key, query), strict=True))
+    shapes = (query, key, key, query)
+    return tuple(_draw(k, shape, workload.dtype) for k, shape in zip(keys, shapes, strict=True))
 
 
 # ---- JAX

@@ -84,6 +84,22 @@ def test_run_appends_rows(direction, tmp_path, monkeypatch, capsys):
         assert "jax_nn_cudnn: not measured: needs an NVIDIA GPU" in capsys.readouterr().out
 
 
+def test_run_refuses_outputs_that_differ(tmp_path, monkeypatch, capsys):
+    """With one rival, nobody knows who is right: no row, and the run fails."""
+    name = "cpu/f32/t2048/full"
+    monkeypatch.setitem(WORKLOADS, name, WORKLOADS[name].small())
+    wrong = (
+        "jax",
+        lambda workload: lambda q, k, v: providers.jax_nn_call(workload, "xla")(q, v, k),
+    )
+    monkeypatch.setitem(providers.PROVIDERS, "jax_nn_xla", wrong)
+    path = tmp_path / "attention.csv"
+    arguments = ["--workloads", name, "--providers", "jax_flash,jax_nn_xla", "--out", str(path)]
+    assert run.main([*arguments, "--directions", "forward", "--rounds", "1"]) == 1
+    assert "MISMATCH: jax_nn_xla and jax_flash" in capsys.readouterr().out
+    assert len(path.read_text().splitlines()) == 1
+
+
 def test_rows_pair_rivals_of_the_same_run_only(tmp_path):
     path = tmp_path / "attention.csv"
     shared = dict.fromkeys(run.COLUMNS, "x") | dict(

@@ -1,6 +1,6 @@
 // How one backward call is cut into CTAs, and where its workspace lies. The same rule, written in
-// Python, sizes the buffer (_ops/attention.py: _cuda_backward_workspace_bytes); it depends on shapes
-// alone, never on the device.
+// Python, sizes the buffer (_ops/attention.py: _cuda_backward_workspace_bytes); it depends on
+// shapes alone, never on the device.
 #pragma once
 
 #include <vector_types.h>
@@ -20,7 +20,8 @@ inline constexpr int64_t kPlanMaxKeySplits = 16;
 struct BackwardPlan {
   int64_t batches = 1;
   int64_t query_slots = 0, key_slots = 0;  // per batch entry (seqlen.cuh)
-  int64_t key_splits = 1;  // CTAs that share the queries of a key tile, each with its own dK, dV sum
+  int64_t key_splits =
+      1;  // CTAs that share the queries of a key tile, each with its own dK, dV sum
   int64_t key_stride = 0;  // a CTA takes every key_stride-th key tile: key_slots (one tile), or,
                            // where deterministic, dq_buffers
   int64_t dq_buffers = 1;  // dQ sums; where deterministic, one a CTA of the head
@@ -32,7 +33,7 @@ struct BackwardPlan {
   float* dkv_sum = nullptr;  // [key_splits, 2, batches, kv_heads, key_slots, kBlockN * head_dim];
                              // empty with one split
   int64_t dq_elements = 0, dkv_elements = 0;  // of one dQ sum; of one split's dK or dV sum
-  int64_t key_tile_elements = 0;  // of one slot's dK or dV
+  int64_t key_tile_elements = 0;              // of one slot's dK or dV
   int64_t bytes = 0;
 };
 
@@ -70,8 +71,9 @@ inline BackwardPlan make_backward_plan(const BackwardParams& p, int block_m, int
     plan.key_stride = plan.dq_buffers;
   } else {
     const int64_t steps = p.heads / p.kv_heads * ceil_div(p.seq_q, kPlanQueries);
-    plan.key_splits = std::max(int64_t{1}, std::min({kPlanCtas / (columns * tiles),
-                                                     ceil_div(steps, 4), kPlanMaxKeySplits}));
+    plan.key_splits =
+        std::max(int64_t{1},
+                 std::min({kPlanCtas / (columns * tiles), ceil_div(steps, 4), kPlanMaxKeySplits}));
   }
 
   // Lay out the workspace; float2 first, everything a multiple of 16 bytes.

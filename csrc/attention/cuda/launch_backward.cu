@@ -4,8 +4,8 @@
 namespace jax_flash::attention {
 
 const char* launch_attention_backward(const BackwardParams& p, cudaStream_t stream) {
-  if (p.mask.block_mask.data != nullptr && p.mask.block_cols % 8 != 0) {
-    return "jax_flash: block_size: expected a multiple of 8 columns";
+  if (p.mask.block_rows % 16 != 0 || p.mask.block_cols % 16 != 0) {
+    return "jax_flash: block_size: expected multiples of 16";
   }
   return with_coarse_head_dim(p, [&]<int kHeadDim>() -> const char* {
     switch (p.dtype) {
