@@ -67,7 +67,12 @@ def run_sanitizer(tool: str, arguments: list[str]) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".log", mode="r") as log:
         wrapper = ["compute-sanitizer", "--tool", tool, "--log-file", log.name]
         wrapper += ["--kernel-name", "kernel_substring=jax_flash", "--print-limit", "20"]
-        result = run_pytest(selection, wrapper, {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"})
+        env = {
+            "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+            "JAX_FLASH_TESTS_PLAIN_ON_CPU": "1",
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer=",
+        }
+        result = run_pytest(selection, wrapper, env)
         text = log.read()
     print("\n".join(text.splitlines()[-40:]), flush=True)
     summaries = re.findall(r"(?:ERROR SUMMARY: (\d+)|RACECHECK SUMMARY: (\d+))", text)
