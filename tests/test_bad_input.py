@@ -669,8 +669,11 @@ def test_types_without_a_kernel_run_on_xla_with_one_warning(implementation):
     assert len(warned) == 1
 
 
-def test_bias_by_name_is_refused(implementation):
-    if implementation == "xla":
-        pytest.skip("bias runs on xla")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("cpu", marks=installed("cpu")), pytest.param("cuda", marks=installed("cuda"))],
+)
+def test_bias_by_name_is_refused(name):
+    attend = functools.partial(jax_flash.attention, bias=ones(T, S), implementation=name)
     with pytest.raises(NotImplementedError, match="bias and mask run on 'xla' alone"):
-        jax_flash.attention(*qkv(), bias=ones(T, S), implementation=implementation)
+        jax.eval_shape(attend, *qkv())

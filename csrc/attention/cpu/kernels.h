@@ -15,9 +15,10 @@ struct Kernels {
   // Rows of queries that one task should cover.
   int64_t (*forward_tile)(const Problem& p, int64_t len_q);
   int64_t (*forward_scratch)(const ForwardParams& p);
-  // O and lse of query rows [begin, begin + rows) of one sequence and head.
-  void (*forward)(const ForwardParams& p, const Sequence& sequence, int64_t head, int64_t begin,
-                  int64_t rows, void* scratch);
+  // O and lse of query rows [begin, begin + rows) of one sequence, for `heads` query heads of one
+  // kv head: one where there is dropout or a block mask.
+  void (*forward)(const ForwardParams& p, const Sequence& sequence, int64_t head, int64_t heads,
+                  int64_t begin, int64_t rows, void* scratch);
 
   int64_t (*backward_tile)(const Problem& p, int64_t len_q);
   int64_t (*backward_scratch)(const BackwardParams& p);

@@ -1,14 +1,16 @@
 #include "attention/cpu/mask.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace jax_flash::attention::cpu {
 
-void make_query_tile(const Problem& p, const Sequence& sequence, int64_t head, int64_t begin,
-                     int rows, int lanes, QueryTile& tile) {
+void make_query_tile(const Problem& p, const Sequence& sequence, int64_t head, int heads,
+                     int64_t begin, int rows, int lanes, QueryTile& tile) {
   const MaskParams& mask = p.mask;
   tile.mask = &mask;
   tile.begin = begin;
+  tile.heads = heads;
   tile.rows = rows;
   tile.lanes = lanes;
   tile.blocks = mask.block_mask.data;
@@ -22,22 +24,42 @@ void make_query_tile(const Problem& p, const Sequence& sequence, int64_t head, i
     return static_cast<int32_t>(std::clamp<int64_t>(j, 0, sequence.len_k));
   };
   for (int lane = 0; lane < lanes; ++lane) {
-    const int64_t aligned = begin + std::min(lane, rows - 1) + sequence.diagonal;
+    const int query = std::min(lane, rows - 1) % (rows / heads);
+    const int64_t aligned = begin + query + sequence.diagonal;
     tile.first[lane] = clamp(aligned - mask.window_left);
     tile.end[lane] = clamp(aligned + mask.window_right + 1);
   }
 }
 
+namespace {
+
+// Of the lanes of [lane_begin, lane_end): the keys that one of them may see, and those that all do.
+struct Reach {
+  KeyRange any, all;
+};
+
+Reach reach_of(const QueryTile& tile, int lane_begin, int lane_end) {
+  const auto [first_least, first_most] =
+      tile.heads == 1 ? std::pair(tile.first + lane_begin, tile.first + lane_end - 1)
+                      : std::minmax_element(tile.first + lane_begin, tile.first + lane_end);
+  const auto [end_least, end_most] =
+      tile.heads == 1 ? std::pair(tile.end + lane_begin, tile.end + lane_end - 1)
+                      : std::minmax_element(tile.end + lane_begin, tile.end + lane_end);
+  return {{*first_least, *end_most}, {*first_most, *end_least}};
+}
+
+}  // namespace
+
 KeyRange visible_keys(const QueryTile& tile, int lane_begin, int lane_end) {
-  return {tile.first[lane_begin], tile.end[lane_end - 1]};
+  return reach_of(tile, lane_begin, lane_end).any;
 }
 
 TileKind ask(const QueryTile& tile, int lane_begin, int lane_end, KeyRange keys) {
-  const KeyRange visible = visible_keys(tile, lane_begin, lane_end);
+  const auto [visible, seen_by_all] = reach_of(tile, lane_begin, lane_end);
   if (std::max(keys.begin, visible.begin) >= std::min(keys.end, visible.end)) {
     return TileKind::kSkip;
   }
-  const bool is_inside = tile.first[lane_end - 1] <= keys.begin && keys.end <= tile.end[lane_begin];
+  const bool is_inside = seen_by_all.begin <= keys.begin && keys.end <= seen_by_all.end;
   if (tile.blocks == nullptr) return is_inside ? TileKind::kFull : TileKind::kPartial;
 
   const MaskParams& mask = *tile.mask;

@@ -19,20 +19,23 @@ struct KeyRange {
   int64_t begin, end;
 };
 
-// Queries [begin, begin + rows) of a sequence, one a vector lane. Lanes past `rows` repeat the last
-// query: they see what it sees and their results are dropped.
+// Queries [begin, begin + rows / heads) of a sequence, one a vector lane; for the forward of few
+// queries, those of `heads` query heads of one kv head after each other. Lanes past `rows` repeat
+// the last query: they see what it sees and their results are dropped. A block mask goes with one
+// head only.
 struct QueryTile {
   const MaskParams* mask;
   const uint8_t* blocks;  // [num_block_rows, num_block_cols] of this batch entry and head, or null
   int64_t begin;
-  int rows, lanes;
-  // Lane i sees keys first[i] <= j < end[i] (and whose block is on); neither ever decreases in i.
+  int heads, rows, lanes;
+  // Lane i sees keys first[i] <= j < end[i] (and whose block is on); within a head neither ever
+  // decreases.
   alignas(64) int32_t first[kMaxQueryTile];
   alignas(64) int32_t end[kMaxQueryTile];
 };
 
-void make_query_tile(const Problem& p, const Sequence& sequence, int64_t head, int64_t begin,
-                     int rows, int lanes, QueryTile& tile);
+void make_query_tile(const Problem& p, const Sequence& sequence, int64_t head, int heads,
+                     int64_t begin, int rows, int lanes, QueryTile& tile);
 
 // The keys that lanes [lane_begin, lane_end) may see between them, by diagonal and length.
 KeyRange visible_keys(const QueryTile& tile, int lane_begin, int lane_end);

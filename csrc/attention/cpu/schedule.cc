@@ -86,12 +86,22 @@ void fill_gaps(const Rows& view, int64_t heads, const std::vector<Gap>& gaps) {
   }
 }
 
+// Few queries would leave most lanes of a vector empty: heads that share K and V fill a panel.
+int64_t heads_per_task(const Problem& p, int64_t len_q) {
+  if (p.dropout.threshold > 0 || p.mask.block_mask.data != nullptr) return 1;
+  constexpr int64_t kPanel = 48;
+  const int64_t group = p.heads / p.kv_heads;
+  int64_t heads = std::clamp<int64_t>(kPanel / std::max<int64_t>(len_q, 1), 1, group);
+  while (group % heads != 0) --heads;
+  return heads;
+}
+
 int64_t item_bytes(const Problem& p) { return p.dtype == DType::kF32 ? 4 : 2; }
 
 }  // namespace
 
-// One task a (sequence, head, tile of queries). Later tiles of a causal head see more keys: they
-// go first, so that no thread is left with a long one at the end.
+// One task a (sequence, head or few heads, tile of queries). Later tiles of a causal head see more
+// keys: they go first, so that no thread is left with a long one at the end.
 ffi::Error run_forward(const ForwardParams& p, ffi::ThreadPool& pool) {
   std::string problem;
   const Kernels* kernels = choose_kernels(p.dtype, problem);
@@ -104,7 +114,8 @@ ffi::Error run_forward(const ForwardParams& p, ffi::ThreadPool& pool) {
   std::vector<int64_t> first_task = {0};
   for (const Sequence& sequence : sequences.list) {
     const int64_t tile = kernels->forward_tile(p, std::max<int64_t>(sequence.len_q, 1));
-    first_task.push_back(first_task.back() + p.heads * num_tiles(sequence.len_q, tile));
+    first_task.push_back(first_task.back() + p.heads / heads_per_task(p, sequence.len_q) *
+                                                 num_tiles(sequence.len_q, tile));
   }
   return run_tasks(pool, first_task.back(), [&](Tasks& tasks) {
     const FlushDenormals flush;
@@ -115,8 +126,9 @@ ffi::Error run_forward(const ForwardParams& p, ffi::ThreadPool& pool) {
       const int64_t tile = kernels->forward_tile(p, sequence.len_q);
       const int64_t tiles = num_tiles(sequence.len_q, tile), local = task - *(after - 1);
       const int64_t begin = (tiles - 1 - local % tiles) * tile;
-      kernels->forward(p, sequence, local / tiles, begin, std::min(tile, sequence.len_q - begin),
-                       scratch.data());
+      const int64_t heads = heads_per_task(p, sequence.len_q);
+      kernels->forward(p, sequence, local / tiles * heads, heads, begin,
+                       std::min(tile, sequence.len_q - begin), scratch.data());
     }
   });
 }

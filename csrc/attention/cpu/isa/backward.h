@@ -167,7 +167,8 @@ inline void backward_tile(const BackwardParams& p, const Sequence& sequence, int
   const DropoutState dropout = dropout_of(p, sequence, head);
 
   QueryTile& tile = *scratch.tile;
-  make_query_tile(p, sequence, head, begin, static_cast<int>(rows), static_cast<int>(lanes), tile);
+  make_query_tile(p, sequence, head, 1, begin, static_cast<int>(rows), static_cast<int>(lanes),
+                  tile);
   const int64_t q_stride = kPack == 1 ? scratch.head_stride : head_words;
   load_tile(rows_of(p.q, p.dtype, sequence, head, query_row), rows, lanes, p.head_dim,
             scratch.q_rows, q_stride);

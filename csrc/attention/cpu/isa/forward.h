@@ -92,22 +92,29 @@ void online_softmax(float* s, int64_t stride, int64_t keys, float scale_log2, fl
   for (int v = 0; v < kVecs; ++v) store(l + v * kLanes, total[v]);
 }
 
+// Q^T under the scale's sign, from the rows of each head in turn.
+inline void load_queries(const ForwardParams& p, const Sequence& sequence, int64_t head,
+                         int64_t rows, ForwardScratch& scratch) {
+  const QueryTile& tile = *scratch.tile;
+  const int64_t words = p.head_dim / kPack, row = sequence.query_begin + tile.begin;
+  for (int64_t h = 0; h < tile.heads; ++h) {
+    // The last head's tile goes on to the last lane, with zeros.
+    const int64_t padded = h + 1 < tile.heads ? rows : tile.lanes - h * rows;
+    load_tile(rows_of(p.q, p.dtype, sequence, head + h, row), rows, padded, p.head_dim,
+              scratch.q_rows + h * rows * words, words);
+  }
+  apply_sign(scratch.q_rows, tile.lanes * words, p.scale);
+  transpose(scratch.q_rows, tile.lanes, words, words, scratch.q_t, scratch.lane_stride);
+}
+
 // O = O^T / l and lse for the rows that exist.
 inline void finish_tile(const ForwardParams& p, const Sequence& sequence, int64_t head,
-                        int64_t begin, float scale_log2, float keep_scale,
-                        ForwardScratch& scratch) {
-  const int rows = scratch.tile->rows;
-  const int64_t lanes = scratch.tile->lanes;
-  float* lse = rows_of(p.lse, sequence, head, sequence.query_begin + begin);
+                        int64_t rows, float scale_log2, float keep_scale, ForwardScratch& scratch) {
+  const QueryTile& tile = *scratch.tile;
+  const int64_t lanes = tile.lanes, row = sequence.query_begin + tile.begin;
   for (int64_t i = 0; i < lanes; ++i) {
-    const float l = scratch.l[i];
-    const bool is_empty = l == 0;  // false for NaN, which must come out
-    scratch.alpha[i] = is_empty ? 0.0f : keep_scale / l;
-    if (i < rows) {
-      const float shift = scratch.m[i] * scale_log2;  // the very one that P was shifted by
-      lse[i] = is_empty ? -__builtin_inff()
-                        : static_cast<float>(shift * kLn2 + __builtin_log(double{l}));
-    }
+    // l == 0 is a row without keys; NaN is not, and must come out.
+    scratch.alpha[i] = scratch.l[i] == 0 ? 0.0f : keep_scale / scratch.l[i];
   }
   for (int64_t d = 0; d < p.value_dim; ++d) {
     for (int64_t i = 0; i < lanes; i += kLanes) {
@@ -116,10 +123,17 @@ inline void finish_tile(const ForwardParams& p, const Sequence& sequence, int64_
     }
   }
   transpose(scratch.o_t, p.value_dim, lanes, scratch.lane_stride, scratch.o_rows, p.value_dim);
-  const Rows16or32 out = rows_of(p.o, p.dtype, sequence, head, sequence.query_begin + begin);
-  for (int64_t i = 0; i < rows; ++i) {
-    store_row(scratch.o_rows + i * p.value_dim, out.dtype, p.value_dim,
-              out.data + i * out.stride_bytes);
+  for (int64_t h = 0, lane = 0; h < tile.heads; ++h) {
+    const Rows16or32 out = rows_of(p.o, p.dtype, sequence, head + h, row);
+    float* lse = rows_of(p.lse, sequence, head + h, row);
+    for (int64_t i = 0; i < rows; ++i, ++lane) {
+      const float l = scratch.l[lane];
+      const float shift = scratch.m[lane] * scale_log2;  // the very one that P was shifted by
+      lse[i] =
+          l == 0 ? -__builtin_inff() : static_cast<float>(shift * kLn2 + __builtin_log(double{l}));
+      store_row(scratch.o_rows + lane * p.value_dim, out.dtype, p.value_dim,
+                out.data + i * out.stride_bytes);
+    }
   }
 }
 
@@ -164,8 +178,8 @@ inline void forward_panel(const ForwardParams& p, const DropoutState& dropout, i
 }
 
 inline void forward_tile(const ForwardParams& p, const Sequence& sequence, int64_t head,
-                         int64_t begin, int64_t rows, void* base) {
-  const int64_t lanes = round_up(rows, 16);
+                         int64_t heads, int64_t begin, int64_t rows, void* base) {
+  const int64_t lanes = round_up(heads * rows, 16);
   ForwardScratch scratch(p, lanes, base);
   const int64_t head_words = p.head_dim / kPack;
   const int64_t kv_head = head / (p.heads / p.kv_heads);
@@ -173,11 +187,9 @@ inline void forward_tile(const ForwardParams& p, const Sequence& sequence, int64
   const DropoutState dropout = dropout_of(p, sequence, head);
 
   QueryTile& tile = *scratch.tile;
-  make_query_tile(p, sequence, head, begin, static_cast<int>(rows), static_cast<int>(lanes), tile);
-  load_tile(rows_of(p.q, p.dtype, sequence, head, sequence.query_begin + begin), rows, lanes,
-            p.head_dim, scratch.q_rows, head_words);
-  apply_sign(scratch.q_rows, lanes * head_words, p.scale);
-  transpose(scratch.q_rows, lanes, head_words, head_words, scratch.q_t, scratch.lane_stride);
+  make_query_tile(p, sequence, head, static_cast<int>(heads), begin, static_cast<int>(heads * rows),
+                  static_cast<int>(lanes), tile);
+  load_queries(p, sequence, head, rows, scratch);
   for (int64_t i = 0; i < lanes; ++i) {
     scratch.m[i] = -__builtin_inff();
     scratch.l[i] = 0;
@@ -203,7 +215,7 @@ inline void forward_tile(const ForwardParams& p, const Sequence& sequence, int64
       lane += vecs * kLanes;
     }
   }
-  finish_tile(p, sequence, head, begin, scale_log2, dropout.keep_scale(), scratch);
+  finish_tile(p, sequence, head, rows, scale_log2, dropout.keep_scale(), scratch);
 }
 
 }  // namespace jax_flash::attention::cpu::JAX_FLASH_ISA
