@@ -1,5 +1,4 @@
-"""What the public attention calls share: argument checks, options -> operands, and the custom
-VJP."""
+"""What the public attention calls share: checks, options -> operands, and the custom VJP."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Sequence s owns rows cu_seqlens[s] .. cu_seqlens[s + 1] of the arrays and attends within itself
 alone. Rows that no sequence owns give output 0, lse -inf and zero gradients, so that arrays may
 have spare capacity. cu_seqlens are data: wrong ones are clamped to the arrays and made monotonic,
-  and never read anything else.
+and never read anything else.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
 This is the only file that knows JAX's internals. An `Op` is
 
-    bind                 -> abstract evaluation (shapes, explicit shardings, varying axes), vmap
-    rule lowering             -> custom_partitioning with a Shardy sharding rule, where there are
-    several devices implementation       -> one function a platform: an XLA custom call, or plain
-    jnp
+    bind           -> abstract evaluation (shapes, explicit shardings, varying axes), vmap rule
+    lowering       -> custom_partitioning with a Shardy rule, where there are several devices
+    implementation -> one function a platform: an XLA custom call, or plain jnp
 
 Operands and results are described by axis names, e.g. ("*", "T", "N", "H"): "*" stands for the
 leading batch axes that all operands have in common, where each one has the full size or 1
@@ -118,9 +117,8 @@ class Op:
         self.primitive = self._make(name)
         self._local = self._make(f"{name}_local")
         _register_lowering(self.primitive, self._partitioned)
-        dispatch.prim_requires_devices_during_lowering.add(
-            self.primitive
-        )  # custom_partitioning's need
+        # What custom_partitioning asks of whoever lowers to it.
+        dispatch.prim_requires_devices_during_lowering.add(self.primitive)
         batching.primitive_batchers[self.primitive] = self._batch
         for platform in PLATFORMS:
             _register_lowering(self._local, functools.partial(self._run, platform), platform)
