@@ -13,8 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_flash._ops import _register, attention_xla, dropout
-from jax_flash._ops import attention as ops
-from jax_flash._ops._op import vary_together, warn_once
+from jax_flash._ops._op import vary_together
 from jax_flash._ops.attention import AttentionConfig, attention_backward, attention_forward
 
 IMPLEMENTATIONS = (None, "cuda", "cpu", "xla")
@@ -324,6 +323,3 @@ def empty_result(query_shape: Sequence[int], value_dim: int, dtype):
     wide = jnp.promote_types(dtype, jnp.float32)
     out = jnp.zeros((*batch, seq_q, heads, value_dim), dtype)
     return out, jnp.full((*batch, heads, seq_q), -jnp.inf, wide)
-
-
-__all__ = ["AttentionProbs", "ops", "warn_once"]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax_flash import _attention as shared
 from jax_flash._attention import AttentionProbs
 from jax_flash._ops import attention_xla
+from jax_flash._ops._op import warn_once
 from jax_flash._ops.attention import KEY_VALUE, QUERY_KEY_VALUE, SEPARATE, AttentionConfig
 
 Implementation = Literal["cuda", "cpu", "xla"] | None
@@ -185,7 +186,7 @@ def _with_scores(config, call, bias, mask, options):
             f"implementation={config.implementation!r}: bias and mask run on 'xla' alone as yet; "
             "is_causal, local_window_size, lengths and block_mask have kernels"
         )
-    shared.warn_once(
+    warn_once(
         "jax_flash.attention: bias and mask have no kernel yet; XLA's compiled form runs instead."
     )
     tensors = map(shared.pad_head_dim, call.separate())
@@ -245,11 +246,10 @@ def attention(
     """Scaled dot-product attention: a drop-in for `jax.nn.dot_product_attention`, fused and exact.
 
     Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim. K must divide N;
-      query
-    head n reads kv head n // (N / K) (grouped-query attention; K = 1 is multi-query). Kernels
-    take head dims that are multiples of 8, up to 256; others are padded with zeros. Rows without
-    a visible key give output 0, lse -inf and zero gradients (`jax.nn` gives them the mean of the
-    values).
+    query head n reads kv head n // (N / K) (grouped-query attention; K = 1 is multi-query).
+    Kernels take head dims that are multiples of 8, up to 256; others are padded with zeros. Rows
+    without a visible key give output 0, lse -inf and zero gradients (`jax.nn` gives them the mean
+    of the values).
 
     Args:
       query: [*B, T, N, H], any number of leading batch axes; bfloat16, float16, float32 (exact f32
