@@ -44,8 +44,41 @@ def test_sanitizer_errors_are_read_from_its_log(log, errors, tmp_path, monkeypat
     tool.write_text(f'#!/bin/sh\nprintf "%s" "{log}" > "$4"\n')
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    result = run_gpu.run_sanitizer("memcheck", ["-k", "nothing"])
-    assert result["errors"] == errors
-    assert result["selection"].startswith("-m gpu") and result["selection"].endswith("-k nothing")
-    assert run_gpu.is_clean(result) is False  # no test passed under this tool
-    assert run_gpu.is_clean(result | {"passed": 1}) == (errors == 0)
+    assert run_gpu.sanitize("memcheck", ["tests/none.py"])["errors"] == errors
+
+
+def test_a_batch_on_which_the_tool_dies_runs_again_test_by_test(monkeypatch):
+    """Each test counts once, and what the tool never finishes is named and is not clean."""
+    tests = [f"tests/test_it.py::test_{i}" for i in range(30)]
+    calls = []
+
+    def sanitize(tool, batch):
+        calls.append(list(batch))
+        # test_3 kills every process, test_4 only one that it shares.
+        died = tests[3] in batch or (tests[4] in batch and len(batch) > 1)
+        counts = dict(passed=len(batch), failed=0, skipped=0)
+        return counts | {"errors": None if died else 0}
+
+    monkeypatch.setattr(run_gpu, "collect", lambda arguments: tests)
+    monkeypatch.setattr(run_gpu, "sanitize", sanitize)
+    result = run_gpu.run_sanitizer("memcheck", [])
+    assert result["passed"] == 29 and result["errors"] == 0
+    assert result["unfinished"] == [tests[3]]
+    assert sum(len(batch) == 1 for batch in calls) == run_gpu.BATCH
+    assert not run_gpu.is_clean(result)
+    assert run_gpu.is_clean(result | {"unfinished": []})
+
+
+def test_clean_needs_tests_that_passed_and_nothing_found():
+    good = dict(passed=5, failed=0, skipped=0, errors=0, unfinished=[])
+    assert run_gpu.is_clean(good)
+    for change in ({"passed": 0}, {"failed": 1}, {"errors": 2}):
+        assert not run_gpu.is_clean(good | change)
+
+
+def test_collect_finds_gpu_tests_alone():
+    found = run_gpu.collect(["tests/test_racecheck.py", "-k", "varlen"])
+    assert found == [
+        f"tests/test_racecheck.py::test_racecheck_varlen[{dtype}]"
+        for dtype in ("float16", "float32")
+    ]
