@@ -36,6 +36,12 @@ def _caption(rows: Rows) -> str:
     return f"{rows.device}, {dates}, {', '.join(rows.versions)} ([rows]({path})).\n\n"
 
 
+def _milliseconds(time: float | None) -> str:
+    if not time:
+        return "-"
+    return f"{time:.0f}" if time >= 100 else f"{time:.3g}"
+
+
 def _mean(ratios: list[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
@@ -88,7 +94,7 @@ def options(rows: Rows, groups: tuple[str, ...]) -> str:
         cells = []
         for provider in names:
             times = [rows.ms.get((name, way), {}).get(provider) for way in directions]
-            texts = [f"{time:.3g}" if time else "-" for time in times]
+            texts = [_milliseconds(time) for time in times]
             cells.append(" / ".join(texts) if any(times) else "")
         lines.append([f"`{name}`", *cells])
     header = "ms " + " / ".join(DIRECTIONS[way] for way in directions)
