@@ -53,6 +53,7 @@ def grid(rows: Rows) -> None:
                         label=LABELS[provider],
                         linewidth=2 if provider == "jax_flash" else 1,
                     )
+            axis.set_visible(bool(axis.lines))  # nothing measured: no empty frame
             axis.set_xscale("log", base=2)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
@@ -90,10 +91,11 @@ def ratios(rows: Rows) -> None:
             axis.barh(places, values, width, color=COLORS[rival], label=LABELS[rival])
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(direction.replace("_", " + "), fontsize=9)
-        axis.set_xlabel("times faster than", fontsize=8)
+        axis.set_xlabel("the rival's time over ours", fontsize=8)
     axes[0, 0].set_yticks(range(len(names)), names, fontsize=7)
     axes[0, 0].invert_yaxis()
-    axes[0, -1].legend(frameon=False, fontsize=7)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower left", ncols=len(rivals), frameon=False, fontsize=7)
     figure.suptitle(f"{rows.device}, {rows.dates[-1]}", fontsize=10)
     figure.tight_layout()
     figure.savefig(rows.path.with_name("ratios.png"), dpi=110)
