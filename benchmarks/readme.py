@@ -121,15 +121,20 @@ def gpu_tests() -> str:
     lines = []
     for report in evidence.gpu_reports():
         sanitizers = ", ".join(
-            f"{run['tool']}: {run['errors']} errors in {run['passed']} tests"
+            f"{run['tool']}: {run['errors']} errors in {run['passed']} tests, "
+            f"{len(run['unfinished'])} unfinished"
             for run in report["sanitizers"]
         )
+        # Of pytest's arguments, those that leave tests out: a count means nothing without them.
+        left_out = re.findall(r"(?:--deselect \S+|-[km] .*)", report["tests"]["selection"])
         lines.append(
             [report["device"], report["date"], f"jax {report['jax']}"]
             + [str(report["tests"][key]) for key in ("passed", "failed", "skipped")]
+            + [f"`{' '.join(left_out)}`" if left_out else "all"]
             + [sanitizers or "not run", f"`{report['source_hash'][:12]}`"]
         )
-    header = ["device", "date", "jax", "passed", "failed", "skipped", "compute-sanitizer", "source"]
+    header = ["device", "date", "jax", "passed", "failed", "skipped"]
+    header += ["tests", "compute-sanitizer", "source"]
     return _table(header, lines) if lines else "Not run yet.\n"
 
 

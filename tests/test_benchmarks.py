@@ -149,6 +149,20 @@ def test_gpu_reports_say_which_code_they_judged(tmp_path, monkeypatch):
     assert [report["matches"] for report in evidence.gpu_reports()] == [True, False]
 
 
+def test_the_table_of_gpu_reports_hides_nothing(monkeypatch):
+    """What was left out and what the sanitizer never finished stand beside the counts."""
+    report = dict(device="d", date="t", jax="1", source_hash="0" * 64)
+    report["tests"] = dict(
+        passed=7, failed=2, skipped=1, selection="-q --deselect tests/test_a.py -k not cpu"
+    )
+    report["sanitizers"] = [dict(tool="memcheck", errors=3, passed=5, unfinished=["x", "y"])]
+    monkeypatch.setattr(evidence, "gpu_reports", lambda: [report])
+    cells = [cell.strip() for cell in readme.gpu_tests().splitlines()[-1].strip("|").split("|")]
+    assert cells[3:6] == ["7", "2", "1"]
+    assert cells[6] == "`--deselect tests/test_a.py -k not cpu`"
+    assert cells[7] == "memcheck: 3 errors in 5 tests, 2 unfinished"
+
+
 def test_public_calls_exist():
     """The names that the benchmarks and the README call."""
     for name in ("attention", "varlen_attention", "blocksparse_attention", "show_backends"):
