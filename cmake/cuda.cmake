@@ -40,7 +40,7 @@ set(CMAKE_CUDA_ARCHITECTURES OFF)  # each object library names its own
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 enable_language(CUDA)
-find_package(CUDAToolkit 12.4 REQUIRED)
+find_package(CUDAToolkit 12.5 REQUIRED)  # cudaGetDriverEntryPointByVersion
 message(STATUS "jax_flash: CUDA kernels with nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
 
 # The kernels of one architecture: sources... compiled with the -gencode options given. A spill, a
@@ -78,7 +78,7 @@ jax_flash_kernels(sm80
   SOURCES ${sm80_sources})
 
 # sm_90a: kernels on TMA and wgmma, which only that architecture assembles.
-set(sm90_sources)
+file(GLOB sm90_sources CONFIGURE_DEPENDS csrc/attention/cuda/instances/sm90/*.cu)
 if(sm90_sources)
   jax_flash_kernels(sm90 GENCODE "arch=compute_90a,code=sm_90a" SOURCES ${sm90_sources})
 endif()
