@@ -2,17 +2,12 @@
 // zeros for dQ's sums. One CTA serves one query tile of one head.
 #pragma once
 
-#include "attention/cuda/backward_plan.h"
+#include "attention/cuda/backward_walk.cuh"
 #include "attention/cuda/dropout.cuh"
 #include "attention/cuda/seqlen.cuh"
 #include "device/element.cuh"
 
 namespace jax_flash::attention::sm80 {
-
-struct BackwardArguments {
-  BackwardParams p;
-  BackwardPlan plan;
-};
 
 inline constexpr int kPreprocessThreads = 256;
 

@@ -1,0 +1,478 @@
+// dV = P^T dO,  dK = scale dS^T Q,  dQ += dS K   with   P = exp(scale Q K^T - lse),
+//                                                       dS = P * (dO V^T - delta)
+// on TMA and wgmma. Called by launch_backward.cu (backward_launch.cuh) between prepare (lse and
+// delta of every row, dQ zeroed) and finish (dQ to 16 bits).
+//
+// A CTA takes key tiles one after another: K and V stay in shared memory, dK and dV in registers of
+// two warpgroups, and the query tiles of every head of the group pass by, brought by a producer
+// warp. S and dP are computed transposed, keys as rows, so that P^T and dS^T are register operands
+// of dV and dK; dS alone crosses shared memory, for dQ, which is added to global memory straight
+// from the accumulators. docs/kernels/hopper_backward.md shows who waits for whom.
+#pragma once
+
+#include "attention/cuda/dropout.cuh"
+#include "attention/cuda/sm90/backward_arguments.h"
+#include "attention/cuda/sm90/backward_mask.cuh"
+#include "device/element.cuh"
+#include "device/shared_tile.cuh"
+#include "ptx/sm90.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace jax_flash::attention::sm90 {
+
+template <typename Element_, int kHeadDim_, int kBlockM_, int kStages_>
+struct BackwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = kBlockM_;  // queries of a step
+  static constexpr int kBlockN = 128;       // keys of the CTA, 64 a warpgroup
+  static constexpr int kStages = kStages_;  // Q and dO tiles in shared memory
+  static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
+  static constexpr int kThreads = 128 + kConsumerThreads;
+  // 3 x 168 registers a thread of each warpgroup's rank at launch.
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  // dQ is cut into blocks of 64 queries x 64 dims, one a warpgroup.
+  static_assert(kBlockM / 64 * (kHeadDim / 64) == kConsumers);
+
+  using KeyTile = device::SharedTile<kBlockN, kHeadDim>;
+  using QueryTile = device::SharedTile<kBlockM, kHeadDim>;
+  using ScoreTile = device::SharedTile<kBlockN, kBlockM>;  // dS^T
+  using GradientTile = device::SharedTile<64, kHeadDim>;   // a warpgroup's dK or dV
+
+  // What consumers must know of a step.
+  struct Step {
+    float* dq;  // the tile's sum
+    int head, row;
+    bool is_full, is_last;
+  };
+  struct Smem {
+    KeyTile k, v;
+    QueryTile q[kStages], dout[kStages];
+    ScoreTile ds[2];  // in the end: dK and dV on their way out
+    float dq[kConsumers][64 * 64];  // a warpgroup's block of dQ, [n][thread][4]
+    float lse[kStages][kBlockM], delta[kStages][kBlockM];  // in the order of stats_index
+    Step steps[kStages];
+    float* dq_target[kConsumers];  // where the block is to be added; nullptr: that was all
+    KeyTilePlace places[2];
+    ptx::Mbarrier place_full[2], place_empty[2], k_full, k_empty, v_full, v_empty;
+    ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
+    ptx::Mbarrier dq_full[kConsumers], dq_empty[kConsumers];
+  };
+  static_assert(sizeof(GradientTile) * kConsumers <= sizeof(ScoreTile) * 2);
+  static_assert(sizeof(Smem) <= 227 * 1024);
+};
+
+// A place in the ring of stages.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+template <class Traits>
+__device__ __forceinline__ void initialise_barriers(typename Traits::Smem& smem) {
+  constexpr uint32_t kWarps = 4 * Traits::kConsumers;
+  for (int i = 0; i < 2; ++i) {
+    ptx::mbarrier_init(smem.place_full[i], 1);
+    ptx::mbarrier_init(smem.place_empty[i], 1);
+  }
+  ptx::mbarrier_init(smem.k_full, 1);
+  ptx::mbarrier_init(smem.k_empty, kWarps);
+  ptx::mbarrier_init(smem.v_full, 1);
+  ptx::mbarrier_init(smem.v_empty, kWarps);
+  for (int i = 0; i < Traits::kStages; ++i) {
+    ptx::mbarrier_init(smem.q_full[i], 1);
+    ptx::mbarrier_init(smem.q_empty[i], kWarps);
+    ptx::mbarrier_init(smem.dout_full[i], 1);
+    ptx::mbarrier_init(smem.dout_empty[i], kWarps);
+  }
+  for (int i = 0; i < Traits::kConsumers; ++i) {
+    ptx::mbarrier_init(smem.dq_full[i], 4);
+    ptx::mbarrier_init(smem.dq_empty[i], 1);
+  }
+  ptx::fence_barrier_init();
+}
+
+// Starts the copies of a [kRows][kHeadDim] tile.
+template <typename Tile>
+__device__ __forceinline__ void load_tile(Tile& tile, const OperandMap& operand,
+                                          const BatchIndex& batch, int head, int row,
+                                          ptx::Mbarrier& barrier, ptx::L2Hint hint) {
+  const int entry = operand.batch(batch.axis);
+#pragma unroll
+  for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+    ptx::tma_load(reinterpret_cast<char*>(tile.data) + slab * Tile::kSlabBytes, operand.map,
+                  barrier, 64 * slab, row, head, entry, hint);
+  }
+}
+
+// The producer thread: takes key tiles, walks over their steps and starts all copies.
+template <class Traits>
+__device__ __forceinline__ void produce(const BackwardArguments& a, typename Traits::Smem& smem) {
+  constexpr int kBlockM = Traits::kBlockM;
+  Ring<Traits::kStages> ring;
+  int index = static_cast<int>(blockIdx.x);
+  uint32_t key_phase = 0;
+  for (int t = 0;; ++t) {
+    KeyTilePlace& place = smem.places[t % 2];
+    ptx::Mbarrier& place_full = smem.place_full[t % 2];
+    ptx::mbarrier_wait(smem.place_empty[t % 2], (t / 2 & 1) ^ 1);
+    if (index >= a.num_tiles) {
+      place.exists = false;
+      ptx::mbarrier_arrive(place_full);
+      return;
+    }
+    ptx::mbarrier_arrive_expect(place_full, sizeof(KeyTilePlace));
+    ptx::bulk_load(&place, a.places + index, sizeof(KeyTilePlace), place_full);
+    index = atomicAdd(a.next_tile, 1) + static_cast<int>(gridDim.x);
+    ptx::mbarrier_wait(place_full, t / 2 & 1);
+    int steps = place.num_steps, query_tile = place.first_tile, head = place.first_head;
+    if (steps == 0) continue;
+
+    const auto load_keys = [&](typename Traits::KeyTile& destination, const OperandMap& map,
+                               ptx::Mbarrier& full, ptx::Mbarrier& empty) {
+      ptx::mbarrier_wait(empty, key_phase ^ 1);
+      ptx::mbarrier_arrive_expect(full, sizeof(typename Traits::KeyTile));
+      load_tile(destination, map, place.batch, place.kv_head,
+                place.sequence.key_start + place.sequence.first_row, full,
+                ptx::L2Hint::kEvictFirst);
+    };
+    load_keys(smem.k, a.k, smem.k_full, smem.k_empty);
+    load_keys(smem.v, a.v, smem.v_full, smem.v_empty);
+    while (true) {
+      const int stage = ring.stage, row = query_tile * kBlockM;
+      const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
+      const float* stats = reinterpret_cast<float*>(a.plan.stats) + int64_t{sum} * (2 * kBlockM);
+      constexpr uint32_t kBytes = sizeof(typename Traits::QueryTile) + kBlockM * sizeof(float);
+
+      ptx::mbarrier_wait(smem.q_empty[stage], ring.phase ^ 1);
+      typename Traits::Step& step = smem.steps[stage];
+      step.dq = place.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
+      step.head = head;
+      step.row = row;
+      step.is_full = place.range.is_full(query_tile);
+      step.is_last = steps == 1;
+      ptx::mbarrier_arrive_expect(smem.q_full[stage], kBytes);
+      load_tile(smem.q[stage], a.q, place.batch, head, place.sequence.query_start + row,
+                smem.q_full[stage], ptx::L2Hint::kEvictLast);
+      ptx::bulk_load(smem.lse[stage], stats, kBlockM * sizeof(float), smem.q_full[stage]);
+
+      ptx::mbarrier_wait(smem.dout_empty[stage], ring.phase ^ 1);
+      ptx::mbarrier_arrive_expect(smem.dout_full[stage], kBytes);
+      load_tile(smem.dout[stage], a.dout, place.batch, head, place.sequence.query_start + row,
+                smem.dout_full[stage], ptx::L2Hint::kEvictLast);
+      ptx::bulk_load(smem.delta[stage], stats + kBlockM, kBlockM * sizeof(float),
+                     smem.dout_full[stage]);
+      ring.advance();
+      if (--steps == 0) break;
+      if (++query_tile == place.range.end) {
+        query_tile = place.range.begin;
+        ++head;
+      }
+    }
+    key_phase ^= 1;
+  }
+}
+
+// One thread a consumer warpgroup: adds its blocks of dQ to the sums.
+template <class Traits>
+__device__ __forceinline__ void add_blocks(typename Traits::Smem& smem, int consumer) {
+  for (uint32_t phase = 0;; phase ^= 1) {
+    ptx::mbarrier_wait(smem.dq_full[consumer], phase);
+    float* target = smem.dq_target[consumer];
+    if (target == nullptr) break;
+    ptx::bulk_reduce_add(target, smem.dq[consumer], sizeof(smem.dq[consumer]));
+    ptx::bulk_commit();
+    ptx::bulk_wait<0, true>();
+    ptx::mbarrier_arrive(smem.dq_empty[consumer]);
+  }
+  ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.
+}
+
+enum class ConsumerBarrier { kBoth = 1, kOwn = 2 };  // kOwn + warpgroup
+
+// Zeroes the rows of a tile from `rows` on: what the copy engine found there belongs to others.
+template <int kThreads, typename Tile>
+__device__ __forceinline__ void zero_rows(Tile& tile, int rows) {
+  const int chunks = (Tile::kRows - rows) * (Tile::kCols / 8);
+  for (int i = threadIdx.x % kThreads; i < chunks; i += kThreads) {
+    const uint32_t offset =
+        Tile::offset(rows + i / (Tile::kCols / 8), i % (Tile::kCols / 8) * 8);
+    *reinterpret_cast<uint4*>(reinterpret_cast<char*>(tile.data) + offset) = uint4{};
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void consume(const BackwardArguments& a, typename Traits::Smem& smem,
+                                        int consumer) {
+  using Element = typename Traits::Element;
+  using KeyTile = typename Traits::KeyTile;
+  using QueryTile = typename Traits::QueryTile;
+  using ScoreTile = typename Traits::ScoreTile;
+  using GradientTile = typename Traits::GradientTile;
+  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  constexpr int kHeadDim = Traits::kHeadDim;
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad_lane = lane % 4;
+  const int warp_row = 64 * consumer + thread / 32 * 16;  // of the key tile
+  const float scale_log2 = a.p.scale * 1.4426950408889634f;
+
+  const auto sync_consumers = [] {
+    ptx::named_barrier_sync(static_cast<int>(ConsumerBarrier::kBoth), Traits::kConsumerThreads);
+  };
+  const auto release = [&](ptx::Mbarrier& barrier) {
+    if (lane == 0) ptx::mbarrier_arrive(barrier);
+  };
+
+  // S^T or dP^T of this warpgroup's 64 keys.
+  const auto multiply_keys = [&](float (&rD)[kBlockM / 8][4], const KeyTile& keys,
+                                 const QueryTile& queries) {
+    const uint64_t a = ptx::matrix_descriptor(&keys, 0) + 4 * ptx::kRows16 * consumer;
+    const uint64_t b = ptx::matrix_descriptor(&queries, 0);
+    ptx::wgmma_pin(rD);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      ptx::wgmma<Element, false, false>(
+          rD, a + k / 4 * (KeyTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16,
+          b + k / 4 * (QueryTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16, k > 0);
+    }
+  };
+  // dV += P^T dO or dK += dS^T Q.
+  const auto accumulate = [&](float (&rD)[kHeadDim / 8][4], uint32_t (&rA)[kBlockM / 16][4],
+                              const QueryTile& queries) {
+    const uint64_t b = ptx::matrix_descriptor(&queries, QueryTile::kSlabBytes);
+    ptx::wgmma_pin(rD);
+    ptx::wgmma_pin(rA);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockM / 16; ++k) {
+      ptx::wgmma<Element, true>(rD, rA[k], b + k * ptx::kRows16, true);
+    }
+  };
+  // This warpgroup's 64 x 64 block of dS K.
+  const auto multiply_scores = [&](float (&rD)[8][4], const ScoreTile& ds) {
+    const int query_slab = kBlockM > 64 ? consumer : 0, dim_slab = kHeadDim > 64 ? consumer : 0;
+    const uint64_t a =
+        ptx::matrix_descriptor(&ds, 0) + query_slab * (ScoreTile::kSlabBytes >> 4);
+    const uint64_t b =
+        ptx::matrix_descriptor(&smem.k, 0) + dim_slab * (KeyTile::kSlabBytes >> 4);
+    ptx::wgmma_pin(rD);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockN / 16; ++k) {
+      ptx::wgmma<Element, true, true>(rD, a + k * ptx::kRows16, b + k * ptx::kRows16, k > 0);
+    }
+  };
+
+  Ring<Traits::kStages> ring;
+  uint32_t key_phase = 0, dq_phase = 0;
+  for (int t = 0;; ++t) {
+    ptx::mbarrier_wait(smem.place_full[t % 2], t / 2 & 1);
+    const KeyTilePlace& place = smem.places[t % 2];
+    if (!place.exists) break;
+    const Sequence& s = place.sequence;
+
+    float rDK[kHeadDim / 8][4] = {}, rDV[kHeadDim / 8][4] = {};
+    if (place.num_steps > 0) {
+      float rS[kBlockM / 8][4], rDP[kBlockM / 8][4], rDQ[8][4];
+      uint32_t rP[kBlockM / 16][4], rDS[kBlockM / 16][4];
+      const auto wait_for_queries = [&](QueryTile& queries, ptx::Mbarrier& full) {
+        ptx::mbarrier_wait(full, ring.phase);
+        if (const int rows = s.query_length - smem.steps[ring.stage].row; rows < kBlockM) {
+          zero_rows<Traits::kConsumerThreads>(queries, rows);
+          ptx::fence_async_shared();
+          sync_consumers();  // The rows are zero before any wgmma reads them.
+        }
+      };
+      const auto wait_for_keys = [&](KeyTile& keys, ptx::Mbarrier& full) {
+        ptx::mbarrier_wait(full, key_phase);
+        if (const int rows = s.key_length - s.first_row; rows < kBlockN) {
+          zero_rows<Traits::kConsumerThreads>(keys, rows);
+          ptx::fence_async_shared();
+          sync_consumers();  // The rows are zero before any wgmma reads them.
+        }
+      };
+      wait_for_keys(smem.k, smem.k_full);
+      wait_for_queries(smem.q[ring.stage], smem.q_full[ring.stage]);
+      multiply_keys(rS, smem.k, smem.q[ring.stage]);
+      ptx::wgmma_commit();
+      wait_for_keys(smem.v, smem.v_full);
+      wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
+      multiply_keys(rDP, smem.v, smem.dout[ring.stage]);
+      ptx::wgmma_commit();
+
+      for (int i = 0;; ++i) {
+        const int stage = ring.stage;
+        const typename Traits::Step& step = smem.steps[stage];
+        // S -> P, while dP runs.
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_pin(rS);
+        if (!step.is_full) {
+          mask_scores(rS, s, BlockMask(a.p.mask, place.batch, step.head),
+                      s.first_row + warp_row, step.row);
+        }
+#pragma unroll
+        for (int j = 0; j < kBlockM / 16; ++j) {
+          const float4 lse =
+              *reinterpret_cast<const float4*>(&smem.lse[stage][16 * j + 4 * quad_lane]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float low = e % 2 == 0 ? lse.x : lse.y, high = e % 2 == 0 ? lse.z : lse.w;
+            rS[2 * j][e] = ptx::exp2_approx(fmaf(rS[2 * j][e], scale_log2, -low));
+            rS[2 * j + 1][e] = ptx::exp2_approx(fmaf(rS[2 * j + 1][e], scale_log2, -high));
+          }
+          device::pack_operand<Element>(rP[j], rS[2 * j], rS[2 * j + 1]);
+        }
+        accumulate(rDV, rP, smem.dout[stage]);
+        ptx::wgmma_commit();
+
+        // dP -> dS, while dV runs.
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_pin(rDP);
+        ScoreTile& ds = smem.ds[i % 2];
+        const device::LdmatrixAddress<ScoreTile> ds_address(
+            ds, device::LdmatrixAddress<ScoreTile>::Order::kRowsFirst, warp_row);
+#pragma unroll
+        for (int j = 0; j < kBlockM / 16; ++j) {
+          const float4 delta =
+              *reinterpret_cast<const float4*>(&smem.delta[stage][16 * j + 4 * quad_lane]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float low = e % 2 == 0 ? delta.x : delta.y, high = e % 2 == 0 ? delta.z : delta.w;
+            rS[2 * j][e] *= rDP[2 * j][e] - low;
+            rS[2 * j + 1][e] *= rDP[2 * j + 1][e] - high;
+          }
+          device::pack_operand<Element>(rDS[j], rS[2 * j], rS[2 * j + 1]);
+          ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
+        }
+        ptx::fence_async_shared();
+        const bool is_last = step.is_last;
+        float* const dq_target = step.dq + consumer * (64 * 64);
+        sync_consumers();  // dS of both warpgroups is written.
+
+        // dQ, then the next step's S, dK, the next step's dP.
+        multiply_scores(rDQ, ds);
+        ptx::wgmma_commit();
+        const auto send_dq = [&] {
+          ptx::mbarrier_wait(smem.dq_empty[consumer], dq_phase ^ 1);
+          dq_phase ^= 1;
+          float4* block = reinterpret_cast<float4*>(smem.dq[consumer]) + thread;
+#pragma unroll
+          for (int n = 0; n < 8; ++n) {
+            block[n * 128] = {rDQ[n][0], rDQ[n][1], rDQ[n][2], rDQ[n][3]};
+          }
+          if (thread == 0) smem.dq_target[consumer] = dq_target;
+          ptx::fence_async_shared();
+          __syncwarp();  // All lanes' elements are written and fenced.
+          release(smem.dq_full[consumer]);
+        };
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_pin(rDV);
+        release(smem.dout_empty[stage]);
+        accumulate(rDK, rDS, smem.q[stage]);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_pin(rDQ);
+        ring.advance();
+        if (is_last) {
+          release(smem.v_empty);
+          release(smem.k_empty);
+          send_dq();
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_pin(rDK);
+          release(smem.q_empty[stage]);
+          break;
+        }
+        wait_for_queries(smem.q[ring.stage], smem.q_full[ring.stage]);
+        multiply_keys(rS, smem.k, smem.q[ring.stage]);
+        ptx::wgmma_commit();
+        send_dq();
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_pin(rDK);
+        release(smem.q_empty[stage]);
+        wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
+        multiply_keys(rDP, smem.v, smem.dout[ring.stage]);
+        ptx::wgmma_commit();
+      }
+      key_phase ^= 1;
+      sync_consumers();  // Both have read dS: its place is free.
+    }
+
+    // dV and dK leave through the place of dS.
+    GradientTile& gradient = reinterpret_cast<GradientTile*>(smem.ds)[consumer];
+    const int own_barrier = static_cast<int>(ConsumerBarrier::kOwn) + consumer;
+    const int rows = s.key_rows - s.first_row - 64 * consumer;
+    const auto store = [&](const float (&rD)[kHeadDim / 8][4], float scale, const Tensor& tensor,
+                           int cols) {
+      const device::LdmatrixAddress<GradientTile> address(
+          gradient, device::LdmatrixAddress<GradientTile>::Order::kRowsFirst, thread / 32 * 16);
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 16; ++j) {
+        uint32_t packed[4];
+        float left[4], right[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          left[e] = rD[2 * j][e] * scale;
+          right[e] = rD[2 * j + 1][e] * scale;
+        }
+        device::pack_operand<Element>(packed, left, right);
+        ptx::stmatrix_x4(address(0, 16 * j), packed);
+      }
+      ptx::named_barrier_sync(own_barrier, 128);  // The tile is written before others copy it.
+      Element* destination =
+          element_pointer<Element>(tensor, place.batch,
+                                   s.key_start + s.first_row + 64 * consumer, place.kv_head);
+      constexpr int kChunks = kHeadDim / 8;
+      const int col = thread % kChunks * 8;
+#pragma unroll
+      for (int first = 0; first < 64; first += 128 / kChunks) {
+        const int row = first + thread / kChunks;
+        if (row < rows && col < cols) {
+          *reinterpret_cast<uint4*>(destination + row * tensor.row_stride + col) =
+              *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(gradient.data) +
+                                              GradientTile::offset(row, col));
+        }
+      }
+      ptx::named_barrier_sync(own_barrier, 128);  // The tile is copied before it is written again.
+    };
+    const float dropout = dropout_scale(a.p.dropout);
+    store(rDV, dropout, a.p.dv, static_cast<int>(a.p.value_dim));
+    store(rDK, a.p.scale * dropout, a.p.dk, static_cast<int>(a.p.head_dim));
+    sync_consumers();  // Everyone has left the tile and the place of dS.
+    if (threadIdx.x == 128) ptx::mbarrier_arrive(smem.place_empty[t % 2]);
+  }
+  ptx::mbarrier_wait(smem.dq_empty[consumer], dq_phase ^ 1);
+  if (thread == 0) smem.dq_target[consumer] = nullptr;
+  __syncwarp();  // The end is written before it is told.
+  release(smem.dq_full[consumer]);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    backward_kernel(const __grid_constant__ BackwardArguments a) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  auto& smem = *reinterpret_cast<typename Traits::Smem*>(shared);
+  // NOTE: the shuffle tells the compiler that a warp is of one mind.
+  const int warpgroup = __shfl_sync(device::kWarp, threadIdx.x / 128, 0);
+  if (threadIdx.x == 0) initialise_barriers<Traits>(smem);
+  __syncthreads();  // The barriers exist.
+  if (warpgroup == 0) {
+    ptx::give_registers<Traits::kProducerRegisters>();
+    if (threadIdx.x == 0) {
+      produce<Traits>(a, smem);
+    } else if (threadIdx.x == 32 || threadIdx.x == 64) {
+      add_blocks<Traits>(smem, static_cast<int>(threadIdx.x) / 32 - 1);
+    }
+  } else {
+    ptx::take_registers<Traits::kConsumerRegisters>();
+    consume<Traits>(a, smem, warpgroup - 1);
+  }
+}
+
+}  // namespace jax_flash::attention::sm90

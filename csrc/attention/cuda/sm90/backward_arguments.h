@@ -1,0 +1,41 @@
+// What the launches of a Hopper backward share.
+#pragma once
+
+#include "attention/cuda/backward_plan.h"
+#include "attention/cuda/blocks.cuh"
+#include "attention/cuda/sm90/operand_map.h"
+
+namespace jax_flash::attention::sm90 {
+
+// A key tile's work: the query tiles of `range` for every head of the group, `num_steps` in all,
+// beginning in the middle where CTAs should not all add to the same dQ. Found by the prepare kernel,
+// since the producer warp has no registers to look for it.
+struct alignas(16) KeyTilePlace {
+  Sequence sequence;
+  BatchIndex batch;
+  TileRange range;
+  float* dq_sum;
+  int query_tile;  // of head 0 and the sequence's first rows: [batches, heads, query_slots]
+  int kv_head, first_head, first_tile, num_steps;
+  bool exists;
+};
+
+struct BackwardArguments {
+  BackwardParams p;
+  BackwardPlan plan;
+  OperandMap q, k, v, dout;
+  // Key tiles are numbered by section, slot, column of the section: the slots of `section` columns
+  // (batch entry, kv head) pass by together, the first slots, which a causal mask makes the longest,
+  // first.
+  int num_tiles = 0, section = 1;
+  KeyTilePlace* places = nullptr;  // [num_tiles]
+  int* next_tile = nullptr;        // how many tiles were taken beyond each CTA's first
+};
+
+// Where lse or delta of a tile's row lies among the tile's: each lane of a quad finds those of its
+// columns of 16 queries of S^T, 2q, 2q + 1, 2q + 8 and 2q + 9, in one 16-byte load.
+__host__ __device__ constexpr int stats_index(int row) {
+  return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
+}
+
+}  // namespace jax_flash::attention::sm90

@@ -1,0 +1,80 @@
+// The launches of one Hopper backward: prepare, the main kernel, finish.
+#pragma once
+
+#include "attention/cuda/architecture.h"
+#include "attention/cuda/instances.h"
+#include "attention/cuda/sm90/backward.cuh"
+#include "attention/cuda/sm90/backward_passes.cuh"
+
+namespace jax_flash::attention::sm90 {
+
+// Columns (batch entry, kv head) whose key tiles pass by together: as many as share L2, where a mask
+// makes some tiles longer than others; else one after another.
+inline int section_columns(const Problem& p, int64_t columns) {
+  if (p.mask.window_right >= p.seq_k && p.mask.window_left >= p.seq_q && !p.mask.varlen) return 1;
+  constexpr int64_t kL2Bytes = INT64_C(32) << 20;
+  const int64_t sequences = p.mask.varlen ? std::max<int64_t>(p.num_sequences, 1) : 1;
+  // Q and dO in 16 bits, dQ in 32.
+  const int64_t column_bytes =
+      p.heads / p.kv_heads * (p.seq_q / sequences + 1) * (p.head_dim + p.value_dim) * 4;
+  int section = 1;
+  for (int64_t columns_of_section = 1; columns_of_section <= columns; ++columns_of_section) {
+    if (columns % columns_of_section == 0 && columns_of_section * column_bytes <= kL2Bytes) {
+      section = static_cast<int>(columns_of_section);
+    }
+  }
+  return section;
+}
+
+template <class Traits>
+const char* launch_backward(const BackwardParams& p, cudaStream_t stream) {
+  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  BackwardArguments a{p, make_backward_plan(p, kBlockM, kBlockN)};
+  BackwardPlan& plan = a.plan;
+#ifdef FORCE_SPLIT
+  plan.key_splits = 1;
+#endif
+  if (p.deterministic || plan.key_splits > 1 || p.mask.block_mask.data != nullptr ||
+      p.dropout.threshold > 0 || !(p.scale > 0.0f)) {
+    return kNotCovered;
+  }
+  const int64_t columns = plan.batches * p.kv_heads, num_tiles = columns * plan.key_slots;
+  const int64_t query_tiles = plan.batches * p.heads * plan.query_slots;
+  if (num_tiles > INT32_MAX / 2 || query_tiles > INT32_MAX / 2) return kNotCovered;
+  a.num_tiles = static_cast<int>(num_tiles);
+  a.section = section_columns(p, columns);
+
+  // The list of key tiles lies behind the sums.
+  char* places = static_cast<char*>(p.workspace) + plan.bytes;
+  a.places = reinterpret_cast<KeyTilePlace*>(places);
+  a.next_tile = reinterpret_cast<int*>(places + num_tiles * sizeof(KeyTilePlace));
+  if (plan.bytes + num_tiles * int64_t{sizeof(KeyTilePlace)} + 16 > p.workspace_bytes) {
+    return "jax_flash: workspace: smaller than the CUDA backward needs";
+  }
+  if (!make_operand_map(p, p.q, p.seq_q, p.heads, p.head_dim, kBlockM, a.q) ||
+      !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, kBlockN, a.k) ||
+      !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, kBlockN, a.v) ||
+      !make_operand_map(p, p.dout, p.seq_q, p.heads, p.value_dim, kBlockM, a.dout)) {
+    return kNotCovered;
+  }
+
+  int device = 0, multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const auto kernel = backward_kernel<Traits>;
+  constexpr int kSharedBytes = sizeof(typename Traits::Smem);
+  if (const cudaError_t error = cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      error != cudaSuccess) {
+    return cudaGetErrorString(error);
+  }
+  prepare_kernel<Traits>
+      <<<static_cast<unsigned>(query_tiles + ceil_div(num_tiles, kPlacesPerCta)), kPassThreads, 0,
+         stream>>>(a);
+  kernel<<<static_cast<unsigned>(std::min<int64_t>(num_tiles, multiprocessors)), Traits::kThreads,
+           kSharedBytes, stream>>>(a);
+  finish_kernel<Traits><<<static_cast<unsigned>(query_tiles), kPassThreads, 0, stream>>>(a);
+  return launch_status();
+}
+
+}  // namespace jax_flash::attention::sm90

@@ -1,0 +1,194 @@
+// The two small kernels around the Hopper backward.
+//   prepare  lse * log2(e) and delta = rowsum(dO * O) - dlse of every query row, zeros for dQ's
+//            sums, and what every key tile has to do
+//   finish   dQ's f32 sums -> 16 bits
+#pragma once
+
+#include "attention/cuda/dropout.cuh"
+#include "attention/cuda/sm90/backward_arguments.h"
+#include "device/element.cuh"
+#include "ptx/sm90.cuh"
+
+namespace jax_flash::attention::sm90 {
+
+inline constexpr int kPassThreads = 256;
+inline constexpr int kPlacesPerCta = kPassThreads / 32;
+
+// Where key tile `index` lies and what it has to do. All lanes of a warp must call it together.
+template <int kBlockM, int kBlockN>
+__device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, int index) {
+  const uint32_t section = a.section, slots = a.plan.key_slots;
+  const uint32_t in_section = index % (section * slots);
+  const uint32_t column = index / (section * slots) * section + in_section % section;
+  const uint32_t kv_heads = a.p.kv_heads, heads = a.p.heads, batch_index = column / kv_heads;
+  const BatchIndex batch(a.p, batch_index);
+  const Sequence s =
+      find_sequence(a.p, batch, Axis::kKey, kBlockN, static_cast<int>(in_section / section));
+  const TileRange range = query_tiles<kBlockM, kBlockN>(s, s.first_row);
+  const int group = static_cast<int>(heads / kv_heads);
+  int query_tile = static_cast<int>(batch_index * heads * a.plan.query_slots);
+  if (a.p.mask.varlen) query_tile += s.query_start / kBlockM + s.index + 1;
+  const int kv_head = static_cast<int>(column % kv_heads);
+  return {.sequence = s,
+          .batch = batch,
+          .range = range,
+          .dq_sum = a.plan.dq_sum,
+          .query_tile = query_tile,
+          .kv_head = kv_head,
+          .first_head = kv_head * group,
+          .first_tile = range.begin,
+          .num_steps = max(range.end - range.begin, 0) * group,
+          .exists = true};
+}
+
+// CTAs [0, query tiles) serve a query tile each, the rest kPlacesPerCta key tiles each. Rows that do
+// not exist or that see no key get lse = +inf, so that their P is 0. delta is divided by the dropout
+// scale, which the main kernel applies to its results instead of to P and dP.
+template <class Traits>
+__global__ void __launch_bounds__(kPassThreads)
+    prepare_kernel(const __grid_constant__ BackwardArguments a) {
+  using Element = typename Traits::Element;
+  constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
+  constexpr int kLanes = kHeadDim / 8;  // threads of a row, 16 bytes each
+  constexpr int kRowStep = kPassThreads / kLanes;
+  constexpr float kLog2e = 1.4426950408889634f;
+  static_assert(kBlockM % kRowStep == 0);
+  const BackwardParams& p = a.p;
+  const BackwardPlan& plan = a.plan;
+  const int64_t query_tiles = plan.batches * p.heads * plan.query_slots;
+  const int64_t tile = blockIdx.x;  // [batches, heads, query_slots]
+  if (tile >= query_tiles) {
+    const int64_t index = (tile - query_tiles) * kPlacesPerCta + threadIdx.x / 32;
+    if (index == 0 && threadIdx.x == 0) *a.next_tile = 0;
+    if (index >= a.num_tiles) return;
+    const KeyTilePlace place =
+        find_place<kBlockM, Traits::kBlockN>(a, static_cast<int>(index));
+    if (threadIdx.x % 32 == 0) a.places[index] = place;
+    return;
+  }
+  const int slot = static_cast<int>(tile % plan.query_slots);
+  const int head = static_cast<int>(tile / plan.query_slots % p.heads);
+  const BatchIndex batch(p, tile / plan.query_slots / p.heads);
+  const Sequence s = find_sequence(p, batch, Axis::kQuery, kBlockM, slot);
+
+  constexpr int kVectors = kBlockM * kHeadDim / 4;
+  for (int64_t buffer = 0; buffer < plan.dq_buffers; ++buffer) {
+    float4* sum =
+        reinterpret_cast<float4*>(plan.dq_sum + buffer * plan.dq_elements) + tile * kVectors;
+#pragma unroll
+    for (int i = 0; i < kVectors; i += kPassThreads) sum[i + threadIdx.x] = {};
+  }
+
+  const int lane = threadIdx.x % kLanes, col = 8 * lane;
+  const float inverse_dropout_scale = 1.0f / dropout_scale(p.dropout);
+  float* stats = reinterpret_cast<float*>(plan.stats) + tile * (2 * kBlockM);
+#pragma unroll
+  for (int first = 0; first < kBlockM; first += kRowStep) {
+    const int row_in_tile = first + threadIdx.x / kLanes, row = s.first_row + row_in_tile;
+    const bool exists = row < s.query_length;
+    float delta = 0.0f;
+    if (exists && col < p.value_dim) {
+      const auto load = [&](const ConstTensor& tensor) {
+        return *reinterpret_cast<const uint4*>(
+            element_pointer<Element>(tensor, batch, s.query_start + row, head) + col);
+      };
+      const uint4 o = load(p.o), dout = load(p.dout);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = device::unpack<Element>(reinterpret_cast<const uint32_t*>(&o)[i]);
+        const float2 y = device::unpack<Element>(reinterpret_cast<const uint32_t*>(&dout)[i]);
+        delta += x.x * y.x + x.y * y.y;
+      }
+    }
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      delta += __shfl_xor_sync(device::kWarp, delta, step);
+    }
+    if (lane == 0) {
+      float lse_log2 = INFINITY, delta_scaled = 0.0f;
+      if (exists) {
+        const float lse = *row_pointer(p.lse, batch, s.query_start + row, head);
+        if (p.dlse.data != nullptr) delta -= *row_pointer(p.dlse, batch, s.query_start + row, head);
+        if (lse != -INFINITY) {
+          lse_log2 = lse * kLog2e;
+          delta_scaled = delta * inverse_dropout_scale;
+        }
+      }
+      stats[stats_index(row_in_tile)] = lse_log2;
+      stats[kBlockM + stats_index(row_in_tile)] = delta_scaled;
+    }
+  }
+}
+
+// One CTA serves one query tile of one head. A sum lies in blocks of 64 rows x 64 dims (of a query
+// tile, rows first), a block as the accumulators of the warpgroup that made it: [n][thread][4].
+template <class Traits>
+__global__ void __launch_bounds__(kPassThreads)
+    finish_kernel(const __grid_constant__ BackwardArguments a) {
+  using Element = typename Traits::Element;
+  constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
+  constexpr int kDimBlocks = kHeadDim / 64, kBlocks = kBlockM / 64 * kDimBlocks;
+  const BackwardParams& p = a.p;
+  const BackwardPlan& plan = a.plan;
+  const int64_t tile = blockIdx.x;  // [batches, heads, query_slots]
+  const int slot = static_cast<int>(tile % plan.query_slots);
+  const int head = static_cast<int>(tile / plan.query_slots % p.heads);
+  const BatchIndex batch(p, tile / plan.query_slots / p.heads);
+  const Sequence s = find_sequence(p, batch, Axis::kQuery, kBlockM, slot);
+  if (s.slot_is_empty(Axis::kQuery)) return;
+
+  const float scale = p.scale * dropout_scale(p.dropout);
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad_lane = lane % 4;
+#pragma unroll
+  for (int block = threadIdx.x / 128; block < kBlocks; block += kPassThreads / 128) {
+    float4 sum[8] = {};
+    for (int64_t buffer = 0; buffer < plan.dq_buffers; ++buffer) {
+      const float4* source = reinterpret_cast<const float4*>(
+          plan.dq_sum + buffer * plan.dq_elements + (tile * kBlocks + block) * 4096);
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float4 x = source[n * 128 + thread];
+        sum[n] = {sum[n].x + x.x, sum[n].y + x.y, sum[n].z + x.z, sum[n].w + x.w};
+      }
+    }
+    const int first_row = s.first_row + block / kDimBlocks * 64 + thread / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Lane q of a quad holds columns 8 n + 2 q and + 1 of each n; it leaves with columns 8 q to
+      // 8 q + 7, and 32 more.
+      uint32_t pairs[8];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        pairs[n] = half == 0 ? device::pack<Element>(sum[n].x * scale, sum[n].y * scale)
+                             : device::pack<Element>(sum[n].z * scale, sum[n].w * scale);
+      }
+      const int row = first_row + 8 * half;
+      Element* destination =
+          element_pointer<Element>(p.dq, batch, s.query_start + row, head) + block % kDimBlocks * 64;
+#pragma unroll
+      for (int group = 0; group < 8; group += 4) {
+        uint32_t words[4];
+#pragma unroll
+        for (int turn = 0; turn < 4; ++turn) {
+          // In turn t lane q hands chunk q ^ t to lane q ^ t, and so gets its own chunk's part.
+          const int chunk = quad_lane ^ turn;
+          const uint32_t out = chunk == 0   ? pairs[group]
+                               : chunk == 1 ? pairs[group + 1]
+                               : chunk == 2 ? pairs[group + 2]
+                                            : pairs[group + 3];
+          const uint32_t in = __shfl_xor_sync(device::kWarp, out, turn);
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            if (q == chunk) words[q] = in;
+          }
+        }
+        const int col = 8 * (group + quad_lane);
+        if (row < s.query_rows && block % kDimBlocks * 64 + col < p.head_dim) {
+          *reinterpret_cast<uint4*>(destination + col) = {words[0], words[1], words[2], words[3]};
+        }
+      }
+    }
+  }
+}
+
+}  // namespace jax_flash::attention::sm90
