@@ -138,7 +138,24 @@ def gpu_tests() -> str:
     return _table(header, lines) if lines else "Not run yet.\n"
 
 
-TABLES = {"attention-gpu": attention_gpu, "attention-cpu": attention_cpu, "gpu-tests": gpu_tests}
+def soak() -> str:
+    lines = []
+    for report in evidence.soak_reports():
+        cells = [report["device"], report["date"], report["seed"], report["cases"]]
+        cells += [report["signatures"], report["failed"], len(report["hung"])]
+        cells += [f"{report['worst_ratio']:.2f}", f"`{report['source_hash'][:12]}`"]
+        lines.append([str(cell) for cell in cells])
+    header = ["device", "date", "seed", "cases", "programs", "failed", "hung"]
+    header += ["largest error over what is allowed", "source"]
+    return _table(header, lines) if lines else "Not run yet.\n"
+
+
+TABLES = {
+    "attention-gpu": attention_gpu,
+    "attention-cpu": attention_cpu,
+    "gpu-tests": gpu_tests,
+    "soak": soak,
+}
 
 
 def rewritten(text: str) -> str:

@@ -2,6 +2,7 @@
 
     python -m tests.soak --cases 10000 --seed 1 --seconds 300
     python -m tests.soak --seed 1 --only 4711          # one case of that run again, by itself
+    python -m tests.soak --labels 'varlen,!dropout'    # signatures with and without an option
 
 Every case draws a compiled signature (shapes, types, static options: tests/soak_cases.py) and
 fresh data for it: tensors, lengths, offsets, cu_seqlens that may be garbage, keys of dropout, block
@@ -36,6 +37,7 @@ def parse(argv=None):
     parser.add_argument("--seed", type=int, default=20261120)
     parser.add_argument("--seconds", type=float, default=1e9, help="no new case after so long")
     parser.add_argument("--signatures", type=int, default=200, help="programs to compile")
+    parser.add_argument("--labels", default="", help="as in the report's counts, of signatures")
     parser.add_argument("--implementation", default=None, help="default: cuda on a GPU, else cpu")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--hang", type=float, default=60, help="seconds without a case: give up")
@@ -252,7 +254,8 @@ def main(argv=None) -> int:
     path = args.out or (evidence.device_folder(name) / "soak.json" if on_gpu else "")
     if args.only is not None:
         path = ""
-    pool = soak_cases.signatures(args.seed, args.signatures)
+    labels = [name for name in args.labels.split(",") if name]
+    pool = soak_cases.signatures(args.seed, args.signatures, labels)
     order = np.random.default_rng((args.seed, 1)).integers(len(pool), size=args.cases)
     indices = range(args.cases) if args.only is None else [args.only]
     programs, tally = Programs(implementation), Tally(args.max_failures)
@@ -270,6 +273,7 @@ def main(argv=None) -> int:
             kernels=os.environ.get("JAX_FLASH_CUDA_KERNELS", "") or "as dispatched",
             seed=args.seed,
             signatures=args.signatures,
+            labels=args.labels,
             cases=tally.cases,
             failed=len(tally.failures),
             failures=tally.failures,

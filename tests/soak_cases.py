@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from jax_flash.reference import attention as reference
 from tests import helpers
 
-POOL = 1 << 22  # random numbers that the tensors of all cases are slices of
+POOL = 1 << 23  # random numbers that the tensors of all cases are slices of
 HEAD_DIMS = (64, 64, 128, 128, 96, 192, 256)
 PRIMES = (2, 3, 7, 17, 31, 61, 67, 127, 131, 191, 193, 257, 383, 389, 521)
 BLOCK_SIZES = ((64, 64), (128, 128), (16, 256))
@@ -68,7 +69,7 @@ class Signature:
             "head_dim odd multiple of 8": h % 16 == 8,
             "T != S": self.seq_q != self.seq_k,
             "T = 1": self.seq_q == 1,
-            "many tiles": self.batch * self.heads * self.seq_q > 40000,
+            "many tiles": self.batch * self.heads * self.seq_q > 30000,
             "gqa": 1 < self.kv_heads < self.heads,
             "mqa": self.kv_heads == 1 < self.heads,
             "packed qkv": self.packing == "qkv",
@@ -119,15 +120,20 @@ def draw_signature(rng: np.random.Generator) -> Signature:
     if sequences:
         batch, pairs = 1, 600_000
         seq_q, seq_k = seq_q + 60, seq_k + 60
-    elif chance(0.06):  # more tiles than any GPU has processors, two or three in a row
+    elif chance(0.06):  # two or three tiles for every processor of a GPU
         batch, kv_heads, seq_q, seq_k = 7, 5, int(rng.integers(129, 300)), int(rng.integers(30, 80))
         heads, pairs = kv_heads * int(pick((4, 8))), 10_000_000
+        head_dim = value_dim = int(pick((64, 128)))
     packing = "separate"
     if chance(0.15):
         packing, value_dim, seq_k, kv_heads = "qkv", head_dim, seq_q, heads
     elif chance(0.15):
         packing, value_dim = "kv", head_dim
-    while batch * heads * seq_q * seq_k > pairs:  # small enough for the host's float64
+    widest = max(head_dim, value_dim)
+    while (  # small enough for the host's float64, and for the pool
+        batch * heads * seq_q * seq_k > pairs
+        or batch * heads * max(seq_q, seq_k) * widest > 6_000_000
+    ):
         if batch > 1:
             batch -= 1
         elif heads > kv_heads:
@@ -165,9 +171,21 @@ def draw_signature(rng: np.random.Generator) -> Signature:
     )
 
 
-def signatures(seed: int, count: int) -> list[Signature]:
-    rng = np.random.default_rng(seed)
-    return [draw_signature(rng) for _ in range(count)]
+def signatures(seed: int, count: int, labels: Sequence[str] = ()) -> list[Signature]:
+    """Signatures that have all of `labels`, and none of those that are given as "!label".
+
+    Raises:
+      ValueError: among many there is none.
+    """
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(1000 * count):
+        signature = draw_signature(rng)
+        has = signature.labels()
+        if all((name.lstrip("!") in has) != name.startswith("!") for name in labels):
+            found.append(signature)
+        if len(found) == count:
+            return found
+    raise ValueError(f"labels: expected some that go together, got {', '.join(labels)}")
 
 
 @dataclasses.dataclass

@@ -106,6 +106,13 @@ def test_cases_can_be_drawn_again():
         np.testing.assert_array_equal(value, second.operands[name])
 
 
+def test_signatures_are_chosen_by_label():
+    for signature in soak_cases.signatures(1, 20, ["varlen", "!dropout"]):
+        assert signature.sequences and not signature.rate
+    with pytest.raises(ValueError, match="expected some that go together, got varlen, block mask"):
+        soak_cases.signatures(1, 1, ["varlen", "block mask"])
+
+
 def test_signatures_cover_every_option():
     found = {label for s in soak_cases.signatures(20261120, 200) for label in s.labels()}
     assert len(found) == 27, sorted(found)
