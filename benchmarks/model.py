@@ -140,9 +140,9 @@ def attention_alone(model: Model, names, args) -> dict[tuple[str, str], float]:
     }
 
 
-def kernel_times(function) -> collections.Counter:
-    """Nanoseconds of device time by kernel name, while `function` runs."""
-    times: collections.Counter = collections.Counter()
+def kernel_times(function) -> dict[str, list[float]]:
+    """Kernel name -> nanoseconds of each launch on the device, while `function` runs."""
+    times: dict[str, list[float]] = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(function())
@@ -153,7 +153,7 @@ def kernel_times(function) -> collections.Counter:
                 for line in plane.lines:
                     if line.name.startswith("Stream"):
                         for event in line.events:
-                            times[event.name] += event.duration_ns
+                            times[event.name].append(event.duration_ns)
     return times
 
 
@@ -175,15 +175,16 @@ def kind_of(kernel: str) -> str:
     return "copies" if "memcpy" in name or "memset" in name else "the rest"
 
 
-def print_profile(name: str, times: collections.Counter) -> None:
+def print_profile(name: str, times: dict[str, list[float]]) -> None:
     kinds: collections.Counter = collections.Counter()
-    for kernel, nanoseconds in times.items():
-        kinds[kind_of(kernel)] += nanoseconds
+    for kernel, launches in times.items():
+        kinds[kind_of(kernel)] += sum(launches)
     print(f"{name}: one step, ms of device time")
     for kind, nanoseconds in kinds.most_common():
         print(f"  {nanoseconds / 1e6:9.2f}  {kind}")
-    for kernel, nanoseconds in times.most_common(12):
-        print(f"    {nanoseconds / 1e6:9.2f}  {kernel[:110]}")
+    for kernel, launches in sorted(times.items(), key=lambda item: -sum(item[1]))[:12]:
+        each = statistics.median(launches) / 1e6
+        print(f"    {sum(launches) / 1e6:9.2f} = {len(launches)} x {each:.3f}  {kernel[:100]}")
 
 
 def parse(argv=None):

@@ -267,6 +267,7 @@ TABLES = {
     "attention-gpu": attention_gpu,
     "attention-cpu": attention_cpu,
     "gpu-tests": gpu_tests,
+    "model": models,
     "soak": soak,
 }
 
