@@ -2,6 +2,7 @@
 
     python -m benchmarks.run                                     # cpu/* or grid/*
     python -m benchmarks.run --workloads 'grid/h128/*' --providers jax_flash,jax_nn_cudnn
+    python -m benchmarks.run --workloads 'dropout/*,gqa8/*' --twins --providers jax_flash
     python -m benchmarks.run --list
 
 All providers of a workload are timed in one process and interleaved: every round visits each
@@ -165,6 +166,7 @@ def parse(argv=None):
     parser.add_argument("--workloads", help="comma-separated shell patterns (default: by device)")
     others = [name for name in providers.PROVIDERS if name.startswith("jax_flash_")]
     default = ",".join(name for name in providers.PROVIDERS if name not in others)
+    parser.add_argument("--twins", action="store_true", help="also their dense twins, beside them")
     parser.add_argument("--providers", default=default, help=f"also: {', '.join(others)}")
     parser.add_argument("--directions", default="", help=f"of {', '.join(providers.DIRECTIONS)}")
     parser.add_argument("--rounds", type=int, default=7)
@@ -190,6 +192,8 @@ def main(argv=None) -> int:
     on_gpu = jax.default_backend() == "gpu"
     args.target = args.target or (0.03 if on_gpu else 0.5)
     chosen = workloads.select(args.workloads or ("grid/*" if on_gpu else "cpu/*"))
+    if args.twins:
+        chosen = workloads.with_twins(chosen)
     directions = args.directions or ("forward,backward" if on_gpu else "forward,forward_backward")
     directions = directions.split(",")
     names = args.providers.split(",")

@@ -237,3 +237,13 @@ def select(patterns: str) -> list[Workload]:
             raise ValueError(f"no workload matches {pattern!r}; see --list")
         chosen.update(dict.fromkeys(names))
     return [WORKLOADS[name] for name in WORKLOADS if name in chosen]
+
+
+def with_twins(chosen: list[Workload]) -> list[Workload]:
+    """Each dense twin, followed by those of `chosen` that are compared with it; then the others."""
+    twins = dict.fromkeys(workload.twin() for workload in chosen)
+    found = {}
+    for twin in [*filter(None, twins), None]:
+        members = [workload for workload in chosen if workload.twin() is twin]
+        found |= dict.fromkeys([twin, *members] if twin else members)
+    return list(found)

@@ -20,7 +20,7 @@ POOL = 1 << 23  # random numbers that the tensors of all cases are slices of
 HEAD_DIMS = (64, 64, 128, 128, 96, 192, 256)
 PRIMES = (2, 3, 7, 17, 31, 61, 67, 127, 131, 191, 193, 257, 383, 389, 521)
 BLOCK_SIZES = ((64, 64), (128, 128), (16, 256))
-DATA = ("normal", "peaky", "growing")
+DATA = ("normal", "peaky", "growing", "spikes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +239,7 @@ def draw_case(signature: Signature, seed: int, index: int) -> Case:
         index=index,
         operands=operands,
         places=[int(rng.integers(0, POOL - size + 1)) for size in sizes],
-        data=str(rng.choice(DATA, p=(0.7, 0.15, 0.15))),
+        data=str(rng.choice(DATA, p=(0.6, 0.14, 0.13, 0.13))),
         poisoned=bool(rng.random() < 0.5),
     )
 
@@ -262,6 +262,10 @@ def tensors(case: Case, seed: int) -> list[np.ndarray]:
     if case.data == "growing":  # the running maximum changes with every tile
         ramp = np.linspace(0, 5, s.seq_k, dtype=np.float32)[:, None, None]
         found[1] = (found[1].astype(np.float32) * ramp).astype(found[1].dtype)
+    if case.data == "spikes":  # few keys, anywhere, above all others
+        rows = np.random.default_rng(case.index).random(s.seq_k) < 0.02
+        found[1] = np.where(rows[:, None, None], found[1].astype(np.float32) * 12, found[1])
+        found[1] = found[1].astype(found[0].dtype)
     size = int(np.prod(s.scores[:3]))
     dlse = _pool(seed, "float32")[case.places[4] : case.places[4] + size].reshape(s.scores[:3])
     return [*found, dlse]

@@ -85,6 +85,19 @@ def test_options_have_dense_twins():
         assert WORKLOADS[name].twin() is None
 
 
+def test_twins_stand_beside_their_options():
+    names = "gqa/h128/t4096/full,grid/h64/t512/full,mqa/h128/t4096/full,window/h128/left256"
+    found = workloads.with_twins(workloads.select(names))
+    assert [workload.name for workload in found] == [
+        "grid/h128/t4096/full",
+        "gqa/h128/t4096/full",
+        "mqa/h128/t4096/full",
+        "grid/h128/t16384/causal",
+        "window/h128/left256",
+        "grid/h64/t512/full",
+    ]
+
+
 def test_a_switch_of_the_process_is_put_back(monkeypatch):
     monkeypatch.delenv("JAX_FLASH_CUDA_KERNELS", raising=False)
     with providers.environment("jax_flash_sm80"):

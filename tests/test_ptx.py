@@ -5,6 +5,7 @@ The data are small integers, so that sums are exact in float32 and results must 
 
 import functools
 import importlib
+import os
 import pathlib
 import re
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
+SANITIZED = bool(os.environ.get("JAX_FLASH_TESTS_PLAIN_ON_CPU"))  # by run_gpu.py
 
 
 @functools.cache
@@ -194,7 +196,8 @@ def test_dependent_launch(run):
         results = (_shape("float32", 5000), _shape("float32", 5001), _shape("int32", 1))
         out, _, seen = run("dependent_pair", results, source)
         np.testing.assert_array_equal(out, (source + 1) * 2)
-        assert seen[0] == 1, "the dependent kernel did not start early"
+        if not SANITIZED:  # there one kernel runs at a time
+            assert seen[0] == 1, "the dependent kernel did not start early"
 
 
 def test_every_instruction_is_tested():
