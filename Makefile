@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu-test | wheel | readme | clean
+# make demo | test | lint | bench | gpu-test | soak | wheel | readme | clean
 #
 # Needs python3 >= 3.11 (with its headers), a C++20 compiler and make. Everything else comes into
 # the virtual environment .venv from the package index.
@@ -53,7 +53,7 @@ BUILD_GROUP = $(call group,['build-system']['requires']) $(call group,['dependen
 LINT_GROUP = $(call group,['dependency-groups']['lint'])
 NVCC_GROUP = $(call group,['dependency-groups']['nvcc'])
 
-.PHONY: help probe build demo test lint format bench gpu-test readme wheel clean
+.PHONY: help probe build demo test lint format bench gpu-test soak readme wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -83,6 +83,9 @@ bench: $(READY)
 
 gpu-test: $(READY)
 	$(PY) -m tests.run_gpu $(ARGS)
+
+soak: $(READY)
+	$(PY) -m tests.soak $(ARGS)
 
 readme: $(READY)
 	$(PY) -m benchmarks.readme

@@ -67,9 +67,18 @@ def device_folder(name: str) -> pathlib.Path:
 
 def gpu_reports() -> list[dict]:
     """Every committed gpu_tests.json, each with `matches`: was it this very code?"""
+    return _reports("gpu_tests.json")
+
+
+def soak_reports() -> list[dict]:
+    """Every committed soak.json (tests/soak.py), likewise."""
+    return _reports("soak.json")
+
+
+def _reports(name: str) -> list[dict]:
     current = source_hash()
     reports = []
-    for path in sorted(RESULTS.glob("*/gpu_tests.json")):
+    for path in sorted(RESULTS.glob(f"*/{name}")):
         report = json.loads(path.read_text())
         report["matches"] = report["source_hash"] == current
         reports.append(report)

@@ -12,22 +12,25 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from benchmarks.rows import LABELS, Rows, load_all
+from benchmarks.rows import LABELS, OTHER_LABELS, Rows, load_all
 from benchmarks.workloads import WORKLOADS
 
 COLORS = {
     "jax_flash": "#c0392b",
+    "jax_flash_sm80": "#d98880",
     "jax_flash_xla": "#e59866",
     "jax_nn_xla": "#7f8c8d",
     "jax_nn_cudnn": "#2471a3",
     "torch_flash": "#1e8449",
     "torch_cudnn": "#7d3c98",
+    "flash_attention_3": "#17202a",
 }
 DIRECTIONS = ("forward", "backward")
 
 
 def grid(rows: Rows) -> None:
-    """One panel a (direction, mask, head dim): lines over T, ours on top."""
+    """One panel a (direction, mask, head dim): lines over T, ours on top, under the matrix units'
+    own rate. FlashAttention-3 by its lead over cuDNN in another call."""
     names = [name for name, _ in rows.ms if name.startswith("grid/") and name in WORKLOADS]
     dims = sorted({WORKLOADS[name].head_dim for name in names})
     figure, axes = pyplot.subplots(
@@ -36,11 +39,16 @@ def grid(rows: Rows) -> None:
     panels = [(direction, mask) for direction in DIRECTIONS for mask in ("full", "causal")]
     for line, (direction, mask) in zip(axes, panels, strict=True):
         for axis, head_dim in zip(line, dims, strict=True):
-            for provider in reversed(rows.providers("grid/")):
+            providers = [*rows.providers("grid/"), *(["flash_attention_3"] if rows.other else [])]
+            for provider in reversed(providers):
                 points = []
                 for name in dict.fromkeys(names):
                     workload = WORKLOADS[name]
-                    value = rows.tflops.get((name, direction), {}).get(provider)
+                    measured = rows.tflops.get((name, direction), {})
+                    value = measured.get(provider)
+                    if provider in OTHER_LABELS and "jax_nn_cudnn" in measured:
+                        lead = rows.other.get((name, direction), {}).get(provider)
+                        value = lead and measured["jax_nn_cudnn"] * lead
                     masked = "causal" if workload.is_causal else "full"
                     if value and workload.head_dim == head_dim and masked == mask:
                         points.append((workload.seq, value))
@@ -50,10 +58,13 @@ def grid(rows: Rows) -> None:
                         marker="o",
                         markersize=3,
                         color=COLORS[provider],
-                        label=LABELS[provider],
+                        label=(LABELS | OTHER_LABELS)[provider],
                         linewidth=2 if provider == "jax_flash" else 1,
+                        linestyle="--" if provider in OTHER_LABELS else "-",
                     )
             axis.set_visible(bool(axis.lines))  # nothing measured: no empty frame
+            if ceiling := rows.ceiling():
+                axis.axhline(ceiling, color="black", linestyle=":", linewidth=0.8)
             axis.set_xscale("log", base=2)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
@@ -76,7 +87,7 @@ def ratios(rows: Rows) -> None:
         return
     names = list(dict.fromkeys(name for name, _ in keys))
     directions = list(dict.fromkeys(direction for _, direction in keys))
-    rivals = [p for p in COLORS if p != "jax_flash" and any(p in rows.ms[key] for key in keys)]
+    rivals = [p for p in LABELS if p != "jax_flash" and any(p in rows.ms[key] for key in keys)]
     height = 1.5 + 0.09 * len(names) * (len(rivals) + 1)
     figure, axes = pyplot.subplots(
         1, len(directions), figsize=(2 + 4 * len(directions), height), sharey=True, squeeze=False

@@ -7,7 +7,9 @@ cannot do raises Unsupported with the reason, which the run prints.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 from collections.abc import Callable
 
 import jax
@@ -46,6 +48,8 @@ def jax_flash_call(workload: Workload, implementation: str | None) -> Callable:
     import jax_flash
 
     options = dict(is_causal=workload.is_causal, implementation=implementation)
+    if workload.deterministic:
+        options["deterministic"] = True
     if workload.window is not None:
         options["local_window_size"] = workload.window
     if workload.dropout_rate:
@@ -64,6 +68,8 @@ def jax_flash_call(workload: Workload, implementation: str | None) -> Callable:
 def jax_nn_call(workload: Workload, implementation: str) -> Callable:
     if workload.lengths is not None or workload.block_density is not None or workload.dropout_rate:
         raise Unsupported("jax.nn.dot_product_attention has no varlen, block mask or dropout")
+    if workload.deterministic:
+        raise Unsupported("a choice of jax_flash alone")
     square_bytes = 4 * workload.batch * workload.heads * workload.seq**2
     if implementation == "xla" and square_bytes > 16 << 30:
         raise Unsupported(f"its probabilities alone would take {square_bytes >> 30} GiB")
@@ -90,7 +96,7 @@ def prepare_jax(call: Callable, q, k, v, dout) -> dict[str, Callable]:
 
     def backward():
         # The residuals are made once and are arguments of the timed function.
-        _, vjp = jax.jit(lambda q, k, v: jax.vjp(call, q, k, v))(q, k, v)
+        _, vjp = jax.block_until_ready(jax.jit(lambda q, k, v: jax.vjp(call, q, k, v))(q, k, v))
         return compiled(lambda vjp, dout: vjp(dout), vjp, dout)
 
     return {
@@ -111,6 +117,8 @@ def torch_call(workload: Workload, backend: str) -> Callable:
     on_gpu = jax.default_backend() == "gpu"
     if on_gpu and not torch.cuda.is_available():
         raise Unsupported("this torch has no CUDA")
+    if workload.deterministic:
+        raise Unsupported("a choice of jax_flash alone")
     if workload.block_density is not None:
         raise Unsupported("scaled_dot_product_attention has no block mask")
     if not on_gpu and (backend != "FLASH_ATTENTION" or workload.dropout_rate):
@@ -183,13 +191,35 @@ def _version(module: str) -> str:
 # name -> (library, makes the call)
 PROVIDERS: dict[str, tuple[str, Callable[[Workload], Callable]]] = {
     "jax_flash": ("jax", lambda workload: jax_flash_call(workload, None)),
+    "jax_flash_sm80": ("jax", lambda workload: jax_flash_call(workload, None)),
     "jax_flash_xla": ("jax", lambda workload: jax_flash_call(workload, "xla")),
     "jax_nn_xla": ("jax", lambda workload: jax_nn_call(workload, "xla")),
     "jax_nn_cudnn": ("jax", lambda workload: jax_nn_call(workload, "cudnn")),
     "torch_flash": ("torch", lambda workload: torch_call(workload, "FLASH_ATTENTION")),
     "torch_cudnn": ("torch", lambda workload: torch_call(workload, "CUDNN_ATTENTION")),
 }
-GPU_ONLY = {"jax_nn_cudnn", "torch_cudnn"}
+GPU_ONLY = {"jax_flash_sm80", "jax_nn_cudnn", "torch_cudnn"}
+# What a provider needs in the environment while it compiles and until it has run: the variable is
+# read at every launch, by whichever thread launches.
+ENVIRONMENT = {"jax_flash_sm80": {"JAX_FLASH_CUDA_KERNELS": "sm_80"}}
+
+
+@contextlib.contextmanager
+def environment(provider: str):
+    """Everything of `provider` is to be built and run inside, up to the last synchronisation."""
+    wanted = ENVIRONMENT.get(provider, {})
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def built_alone(provider: str) -> bool:
+    """Whether a switch of the whole process forbids to build it beside others."""
+    return provider in ENVIRONMENT or PROVIDERS[provider][0] == "torch"
 
 
 def prepare(provider: str, workload: Workload, data) -> dict[str, Callable]:

@@ -8,16 +8,28 @@ A table stands between `<!-- measured: NAME -->` and `<!-- end -->`; nothing els
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
+from collections.abc import Sequence
 
 from benchmarks import evidence
-from benchmarks.rows import LABELS, Rows, load_all
-from benchmarks.workloads import WORKLOADS
+from benchmarks.rows import LABELS, ModelRows, Rows, load_all, load_models
+from benchmarks.workloads import WORKLOADS, Workload
 
 README = evidence.ROOT / "README.md"
 _BLOCK = re.compile(r"(<!-- measured: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+GROUPS = "dropout gqa gqa8 mqa varlen window deterministic blocksparse long".split()
+_SHORT = {
+    "jax.nn, cuDNN": "jc",
+    "jax.nn, XLA": "jx",
+    "torch, flash": "tf",
+    "torch, cuDNN": "tc",
+    "FlashAttention-3": "f3",
+    "FlashAttention-4": "f4",
+    "tokamax": "tm",
+}
 DIRECTIONS = {
     "forward": "forward",
     "backward": "backward",
@@ -30,7 +42,7 @@ def _table(header: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _caption(rows: Rows) -> str:
+def _caption(rows: Rows | ModelRows) -> str:
     path = rows.path.relative_to(evidence.ROOT).as_posix()
     dates = " to ".join(dict.fromkeys((rows.dates[0], rows.dates[-1])))
     return f"{rows.device}, {dates}, {', '.join(rows.versions)} ([rows]({path})).\n\n"
@@ -46,32 +58,47 @@ def _mean(ratios: list[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
+def _grid_names(rows: Rows, direction: str) -> dict[str, Workload]:
+    return {
+        name: WORKLOADS[name]
+        for name, way in rows.ms
+        if way == direction and name.startswith("grid/") and name in WORKLOADS
+    }
+
+
+def _line(head_dim: int, mask: str, seqs: list[int]) -> list[str]:
+    return [f"grid/h{head_dim}/t{seq}/{mask}" for seq in seqs]
+
+
 def grid(rows: Rows) -> str:
     """TFLOP/s over the sequence length, with the ratio to each rival's time as geometric mean."""
     text = ""
     for direction in ("forward", "backward"):
-        names = {
-            name: WORKLOADS[name]
-            for name, way in rows.ms
-            if way == direction and name.startswith("grid/") and name in WORKLOADS
-        }
+        names = _grid_names(rows, direction)
         if not names:
             continue
         seqs = sorted({workload.seq for workload in names.values()})
-        rivals = [provider for provider in rows.providers("grid/") if provider != "jax_flash"]
+        rivals = {
+            LABELS[rival]: functools.partial(rows.ratio, rival=rival)
+            for rival in rows.providers("grid/")
+            if rival != "jax_flash"
+        }
+        if rows.other:
+            rivals["FlashAttention-3 *"] = functools.partial(
+                rows.other_ratio, rival="flash_attention_3"
+            )
         header = [f"TFLOP/s {direction}", *(f"T={seq}" for seq in seqs)]
-        header += [f"over {LABELS[rival]}" for rival in rivals]
+        header += [f"over {rival}" for rival in rivals]
         lines = []
         for head_dim in sorted({workload.head_dim for workload in names.values()}):
             for mask in ("full", "causal"):
-                cells, line_names = [], []
-                for seq in seqs:
-                    name = f"grid/h{head_dim}/t{seq}/{mask}"
-                    value = rows.tflops.get((name, direction), {}).get("jax_flash")
-                    cells.append(f"{value:.0f}" if value else "")
-                    line_names.append(name)
-                for rival in rivals:
-                    ratios = [rows.ratio(name, direction, rival) for name in line_names]
+                line_names = _line(head_dim, mask, seqs)
+                values = [
+                    rows.tflops.get((name, direction), {}).get("jax_flash") for name in line_names
+                ]
+                cells = [f"{value:.0f}" if value else "" for value in values]
+                for ratio in rivals.values():
+                    ratios = [ratio(name, direction) for name in line_names]
                     ratios = [ratio for ratio in ratios if ratio]
                     cells.append(f"{_mean(ratios):.2f}x" if ratios else "")
                 if any(cells):
@@ -80,7 +107,90 @@ def grid(rows: Rows) -> str:
     return text
 
 
-def options(rows: Rows, groups: tuple[str, ...]) -> str:
+def best_rivals(rows: Rows) -> str:
+    """Every cell of the grid against its fastest rival, and the geometric means over cuDNN."""
+    seqs = sorted({w.seq for way in DIRECTIONS for w in _grid_names(rows, way).values()})
+    lines, all_cells, means = [], {}, []
+    for direction in ("forward", "backward"):
+        names = _grid_names(rows, direction)
+        for head_dim in sorted({workload.head_dim for workload in names.values()}):
+            for mask in ("full", "causal"):
+                found = [rows.best_rival(name, direction) for name in _line(head_dim, mask, seqs)]
+                cells = [f"{pair[1]:.2f} {_SHORT[pair[0]]}" if pair else "" for pair in found]
+                if any(cells):
+                    lines.append([f"{direction}, H={head_dim}, {mask}", *cells])
+                all_cells |= {
+                    f"{direction} {name}": pair[1]
+                    for name, pair in zip(_line(head_dim, mask, seqs), found, strict=True)
+                    if pair
+                }
+        ratios = [rows.ratio(name, direction, "jax_nn_cudnn") for name in names]
+        ratios = [ratio for ratio in ratios if ratio]
+        if ratios:
+            means.append(f"{direction} {_mean(ratios):.2f}x ({len(ratios)} cells)")
+    if not all_cells:
+        return ""
+    behind = sum(ratio < 1 for ratio in all_cells.values())
+    lowest = min(all_cells, key=all_cells.get)
+    text = "How many times faster than the fastest rival of the cell, and which that is: "
+    text += ", ".join(f"{short} {label}" for label, short in _SHORT.items()) + ".\n\n"
+    text += _table(["ours over the best rival", *(f"T={seq}" for seq in seqs)], lines)
+    text += f"\nOver jax.nn's cuDNN, geometric means: {', '.join(means)}. "
+    text += f"Behind the best rival: {behind} of {len(all_cells)} cells; the lowest is "
+    text += f"`{lowest}` at {all_cells[lowest]:.2f}.\n"
+    if rows.other:
+        path = rows.path.with_name("other_call.csv").relative_to(evidence.ROOT).as_posix()
+        text += (
+            f"\n\\* FlashAttention-3, FlashAttention-4 and tokamax by [their lead]({path}) over "
+            "jax.nn's cuDNN, measured on an H200 2026-11-20, same shapes, other call.\n"
+        )
+    return text + "\n"
+
+
+def option_costs(rows: Rows) -> str:
+    """What an option costs: our time over that of the dense twin in the same run."""
+    lines = []
+    for name, workload in WORKLOADS.items():
+        twin = workload.twin()
+        if twin is None:
+            continue
+        share = workload.share()
+        costs = [rows.cost(name, twin.name, way) for way in ("forward", "backward")]
+        if not any(costs):
+            continue
+        cells = [f"{100 * (cost / share - 1):+.0f}%" if cost else "" for cost in costs]
+        lines.append([f"`{name}`", f"`{twin.name}`", f"{share:.3g}", *cells])
+    if not lines:
+        return ""
+    header = ["option", "dense twin", "its share of the work", "forward", "backward"]
+    return (
+        "What options cost: our time over our time for the dense twin in the same run, less the "
+        "share of the work that is left (pairs; tiles of 128 x 128 for windows).\n\n"
+        + _table(header, lines)
+        + "\n"
+    )
+
+
+def model(rows: ModelRows) -> str:
+    """A training step of a GPT, and where its time goes."""
+    lines = []
+    for row in rows.latest():
+        step, attention = (
+            float(row["step_ms"]),
+            float(row["forward_ms"]) + float(row["backward_ms"]),
+        )
+        lines.append(
+            [LABELS.get(row["attention"], row["attention"]), f"{step:.1f}"]
+            + [f"{float(row['tokens_per_s']):.0f}", f"{float(row['memory_gb']):.1f}"]
+            + [f"{float(row[name]):.1f}" for name in ("forward_ms", "backward_ms")]
+            + [f"{step - attention:.1f}"]
+        )
+    header = ["attention", "ms a step", "tokens/s", "memory, GB"]
+    header += ["attention forward, ms", "attention backward, ms", "the rest, ms"]
+    return _table(header, lines)
+
+
+def options(rows: Rows, groups: Sequence[str]) -> str:
     """Milliseconds of single workloads, the measured directions side by side: ours and rivals'."""
     keys = [key for key in rows.ms if key[0].split("/")[0] in groups]
     if not keys:
@@ -104,12 +214,15 @@ def options(rows: Rows, groups: tuple[str, ...]) -> str:
 def attention_gpu() -> str:
     parts = []
     for rows in load_all():
-        text = grid(rows) + options(
-            rows, ("dropout", "gqa", "mqa", "varlen", "window", "blocksparse", "long")
-        )
+        text = grid(rows) + best_rivals(rows) + option_costs(rows) + options(rows, GROUPS)
         if text:
             parts.append(_caption(rows) + text)
     return "".join(parts) or "Not measured yet.\n"
+
+
+def models() -> str:
+    parts = [_caption(rows) + model(rows) for rows in load_models()]
+    return "\n".join(parts) or "Not measured yet.\n"
 
 
 def attention_cpu() -> str:
@@ -138,7 +251,25 @@ def gpu_tests() -> str:
     return _table(header, lines) if lines else "Not run yet.\n"
 
 
-TABLES = {"attention-gpu": attention_gpu, "attention-cpu": attention_cpu, "gpu-tests": gpu_tests}
+def soak() -> str:
+    lines = []
+    for report in evidence.soak_reports():
+        cells = [report["device"], report["date"], report["seed"], report["cases"]]
+        cells += [report["signatures"], report["failed"], len(report["hung"])]
+        cells += [f"{report['worst_ratio']:.2f}", f"`{report['source_hash'][:12]}`"]
+        lines.append([str(cell) for cell in cells])
+    header = ["device", "date", "seed", "cases", "programs", "failed", "hung"]
+    header += ["largest error over what is allowed", "source"]
+    return _table(header, lines) if lines else "Not run yet.\n"
+
+
+TABLES = {
+    "attention-gpu": attention_gpu,
+    "attention-cpu": attention_cpu,
+    "gpu-tests": gpu_tests,
+    "model": models,
+    "soak": soak,
+}
 
 
 def rewritten(text: str) -> str:

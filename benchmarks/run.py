@@ -2,6 +2,7 @@
 
     python -m benchmarks.run                                     # cpu/* or grid/*
     python -m benchmarks.run --workloads 'grid/h128/*' --providers jax_flash,jax_nn_cudnn
+    python -m benchmarks.run --workloads 'dropout/*,gqa8/*' --twins --providers jax_flash
     python -m benchmarks.run --list
 
 All providers of a workload are timed in one process and interleaved: every round visits each
@@ -29,6 +30,7 @@ import jax
 import numpy as np
 
 from benchmarks import evidence, providers, workloads
+from benchmarks.rows import CEILING
 
 COLUMNS = (
     "run,device,date,commit,source,workload,provider,version,direction,ms,tflops,spread,host_bound"
@@ -48,12 +50,13 @@ class Timed:
     host_bound: int = 0
 
     def burst(self) -> None:
-        start = time.perf_counter()
-        for _ in range(self.launches):
-            result = self.call()
-        enqueued = time.perf_counter()
-        providers.synchronise(self.provider, result)
-        end = time.perf_counter()
+        with providers.environment(self.provider):
+            start = time.perf_counter()
+            for _ in range(self.launches):
+                result = self.call()
+            enqueued = time.perf_counter()
+            providers.synchronise(self.provider, result)
+            end = time.perf_counter()
         self.seconds.append((end - start) / self.launches)
         self.host_bound += (enqueued - start) > 0.85 * (end - start)
 
@@ -80,18 +83,19 @@ def build(workload, names, directions, report) -> list[Timed]:
         jobs += [(name, direction, makers[direction]) for direction in directions]
     built = []
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        # torch chooses its kernel by a switch of the whole process: its calls are built one by one.
-        jax_futures = {
+        futures = {
             (name, direction): pool.submit(make)
             for name, direction, make in jobs
-            if not name.startswith("torch")
+            if not providers.built_alone(name)
         }
-        for name, direction, make in jobs:
-            future = jax_futures.get((name, direction))
-            try:
-                built.append(Timed(name, direction, future.result() if future else make()))
-            except Exception as error:  # one call that cannot be built must not end the run
-                report(f"  {name} {direction}: FAILED: {_first_line(error)}")
+    for name, direction, make in jobs:
+        future = futures.get((name, direction))
+        try:
+            with providers.environment(name):
+                call = future.result() if future else make()
+            built.append(Timed(name, direction, call))
+        except Exception as error:  # one call that cannot be built must not end the run
+            report(f"  {name} {direction}: FAILED: {_first_line(error)}")
     return built
 
 
@@ -106,8 +110,9 @@ def agreeing(workload, timed, report) -> list[Timed]:
     outputs = {}
     for entry in timed:
         if entry.direction == "forward":
-            out = entry.call()
-            sample = out.cpu().float().numpy() if hasattr(out, "cpu") else np.asarray(out)
+            with providers.environment(entry.provider):
+                out = entry.call()
+                sample = out.cpu().float().numpy() if hasattr(out, "cpu") else np.asarray(out)
             outputs[entry.provider] = sample.reshape(-1)[::7].astype(np.float32)  # elements enough
     if len(outputs) < 2:
         return timed
@@ -138,6 +143,18 @@ def measure(workload, names, directions, args, report) -> list[Timed]:
     return timed
 
 
+def matmul(args) -> Timed:
+    """A large bf16 product: what the matrix units do in this very run."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    a, b = (jax.random.normal(key, (8192, 8192), jax.numpy.bfloat16) for key in keys)
+    product = jax.jit(jax.numpy.matmul).lower(a, b).compile()
+    entry = Timed("jax_nn_xla", "forward", lambda: product(a, b))
+    entry.warm_up(args.target)
+    for _ in range(args.rounds):
+        entry.burst()
+    return entry
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
 
@@ -147,8 +164,10 @@ def parse(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workloads", help="comma-separated shell patterns (default: by device)")
-    default = ",".join(name for name in providers.PROVIDERS if name != "jax_flash_xla")
-    parser.add_argument("--providers", default=default, help="also: jax_flash_xla")
+    others = [name for name in providers.PROVIDERS if name.startswith("jax_flash_")]
+    default = ",".join(name for name in providers.PROVIDERS if name not in others)
+    parser.add_argument("--twins", action="store_true", help="also their dense twins, beside them")
+    parser.add_argument("--providers", default=default, help=f"also: {', '.join(others)}")
     parser.add_argument("--directions", default="", help=f"of {', '.join(providers.DIRECTIONS)}")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--target", type=float, default=0.0, help="seconds of one burst")
@@ -173,6 +192,8 @@ def main(argv=None) -> int:
     on_gpu = jax.default_backend() == "gpu"
     args.target = args.target or (0.03 if on_gpu else 0.5)
     chosen = workloads.select(args.workloads or ("grid/*" if on_gpu else "cpu/*"))
+    if args.twins:
+        chosen = workloads.with_twins(chosen)
     directions = args.directions or ("forward,backward" if on_gpu else "forward,forward_backward")
     directions = directions.split(",")
     names = args.providers.split(",")
@@ -194,6 +215,34 @@ def main(argv=None) -> int:
         rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if file.tell() == 0:
             rows.writeheader()
+
+        def write(workload, provider, version, entry, flops) -> None:
+            seconds = statistics.median(entry.seconds)
+            tflops = flops / seconds / 1e12
+            spread = (max(entry.seconds) - min(entry.seconds)) / seconds
+            host_bound = int(on_gpu and seconds < 4e-4 and entry.host_bound > args.rounds // 2)
+            rows.writerow(
+                shared
+                | dict(
+                    workload=workload,
+                    provider=provider,
+                    version=version,
+                    direction=entry.direction,
+                    ms=f"{seconds * 1e3:.4f}",
+                    tflops=f"{tflops:.3f}" if tflops < 10 else f"{tflops:.1f}",
+                    spread=f"{spread:.3f}",
+                    host_bound=host_bound,
+                )
+            )
+            print(
+                f"  {provider:14s} {entry.direction:16s} {seconds * 1e3:10.3f} ms "
+                f"{tflops:8.2f} TFLOP/s{'  host-bound' if host_bound else ''}",
+                flush=True,
+            )
+
+        if on_gpu and any(workload.group == "grid" for workload in chosen):
+            print(CEILING, flush=True)
+            write(CEILING, "jax_matmul", providers.version("jax_flash"), matmul(args), 2 * 8192**3)
         for index, workload in enumerate(chosen):
             if time.monotonic() - begin > args.budget:
                 left = ", ".join(w.name for w in chosen[index:])
@@ -205,28 +254,9 @@ def main(argv=None) -> int:
             if ours != set(directions):
                 wrong.append(workload.name)
             for entry in timed:
-                seconds = statistics.median(entry.seconds)
-                tflops = workload.flops(entry.direction) / seconds / 1e12
-                spread = (max(entry.seconds) - min(entry.seconds)) / seconds
-                host_bound = int(on_gpu and seconds < 4e-4 and entry.host_bound > args.rounds // 2)
-                rows.writerow(
-                    shared
-                    | dict(
-                        workload=workload.name,
-                        provider=entry.provider,
-                        version=providers.version(entry.provider),
-                        direction=entry.direction,
-                        ms=f"{seconds * 1e3:.4f}",
-                        tflops=f"{tflops:.3f}" if tflops < 10 else f"{tflops:.1f}",
-                        spread=f"{spread:.3f}",
-                        host_bound=host_bound,
-                    )
-                )
-                print(
-                    f"  {entry.provider:14s} {entry.direction:16s} {seconds * 1e3:10.3f} ms "
-                    f"{tflops:8.2f} TFLOP/s{'  host-bound' if host_bound else ''}",
-                    flush=True,
-                )
+                version = providers.version(entry.provider)
+                flops = workload.flops(entry.direction)
+                write(workload.name, entry.provider, version, entry, flops)
             file.flush()
             del timed
     if wrong:

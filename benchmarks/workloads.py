@@ -36,6 +36,7 @@ class Workload:
     lengths: tuple[int, ...] | None = None
     block_density: float | None = None  # share of the blocks that exist
     block_size: tuple[int, int] = (128, 128)
+    deterministic: bool = False
 
     @property
     def group(self) -> str:
@@ -57,6 +58,37 @@ class Workload:
             return float(self.batch * (last - first + 1).sum())
         square = self.batch * self.seq * self.seq * (0.5 if self.is_causal else 1.0)
         return square if self.block_density is None else square * self.block_mask().mean()
+
+    def twin(self) -> Workload | None:
+        """The dense call of the grid that an option is compared with; None: it has none.
+
+        Ragged sequences: the grid's length next to the mean length that a FLOP sees.
+        """
+        seq = self.seq
+        if self.lengths is not None:
+            lengths = np.array(self.lengths, np.float64)
+            typical = (lengths**3).sum() / (lengths**2).sum()
+            seq = 1 << round(math.log2(typical))
+        mask = "causal" if self.is_causal else "full"
+        found = WORKLOADS.get(f"grid/h{self.head_dim}/t{seq}/{mask}")
+        return None if found is None or found is self or self.dtype != found.dtype else found
+
+    def share(self) -> float:
+        """The time that this call should take over its twin's, if the option itself cost nothing.
+
+        Lengths and blocks: the pairs that exist. A window: its tiles of 128 x 128.
+        """
+        twin = self.twin()
+        if self.window is not None:
+            return self._tiles() / twin._tiles()
+        return self.flops("forward") / twin.flops("forward")
+
+    def _tiles(self, size: int = 128) -> int:
+        """Tiles of a causal sequence with a pair that exists, in one head of one batch entry."""
+        left = self.seq if self.window is None else self.window[0]
+        rows = np.arange(0, self.seq, size)
+        first, last = np.maximum(rows - left, 0) // size, (rows + size - 1) // size
+        return int((last - first + 1).sum())
 
     def flops(self, direction: str) -> float:
         factor = {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}[direction]
@@ -127,7 +159,10 @@ def _all() -> list[Workload]:
             for seq in (2048, 8192):
                 found.append(_grid("dropout", head_dim, seq, is_causal, dropout_rate=0.1))
         found.append(_grid("gqa", 128, 4096, is_causal, kv_heads=4))
+        found.append(_grid("gqa8", 128, 4096, is_causal, kv_heads=2))
         found.append(_grid("mqa", 128, 4096, is_causal, kv_heads=1))
+        for head_dim in (64, 128):
+            found.append(_grid("deterministic", head_dim, 8192, is_causal, deterministic=True))
         mask = "causal" if is_causal else "full"
         for head_dim in (64, 128):
             for kind, lengths in (
@@ -202,3 +237,13 @@ def select(patterns: str) -> list[Workload]:
             raise ValueError(f"no workload matches {pattern!r}; see --list")
         chosen.update(dict.fromkeys(names))
     return [WORKLOADS[name] for name in WORKLOADS if name in chosen]
+
+
+def with_twins(chosen: list[Workload]) -> list[Workload]:
+    """Each dense twin, followed by those of `chosen` that are compared with it; then the others."""
+    twins = dict.fromkeys(workload.twin() for workload in chosen)
+    found = {}
+    for twin in [*filter(None, twins), None]:
+        members = [workload for workload in chosen if workload.twin() is twin]
+        found |= dict.fromkeys([twin, *members] if twin else members)
+    return list(found)

@@ -43,10 +43,11 @@ enable_language(CUDA)
 find_package(CUDAToolkit 12.5 REQUIRED)  # cudaGetDriverEntryPointByVersion
 message(STATUS "jax_flash: CUDA kernels with nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
 
-# The kernels of one architecture: sources... compiled with the -gencode options given. A spill, a
-# stack frame or a serialised wgmma in any of them fails the build (check_ptxas.py).
-function(jax_flash_kernels name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "GENCODE;SOURCES")
+# The kernels of one architecture, a part of `module`: sources... compiled with the -gencode options
+# given. A spill, a stack frame or a serialised wgmma in any of them fails the build
+# (check_ptxas.py).
+function(jax_flash_kernels name module)
+  cmake_parse_arguments(PARSE_ARGV 2 arg "" "" "GENCODE;SOURCES")
   add_library(${name} OBJECT ${arg_SOURCES})
   target_include_directories(${name} PRIVATE csrc)
   set(flags -Xptxas -v,--warn-on-spills -diag-suppress 177)
@@ -56,31 +57,42 @@ function(jax_flash_kernels name)
   target_compile_options(${name} PRIVATE ${flags})
   set_target_properties(${name} PROPERTIES CUDA_COMPILER_LAUNCHER
     "${Python_EXECUTABLE};${PROJECT_SOURCE_DIR}/cmake/check_ptxas.py")
-  target_sources(_cuda PRIVATE $<TARGET_OBJECTS:${name}>)
+  target_sources(${module} PRIVATE $<TARGET_OBJECTS:${name}>)
 endfunction()
 
-nanobind_add_module(_cuda STABLE_ABI NB_STATIC
-  csrc/common/module_cuda.cc
-  csrc/attention/ffi_cuda.cc)
-target_include_directories(_cuda PRIVATE csrc ${XLA_FFI_INCLUDE})
-target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
-# cudart stays private: JAX brings its own. Nothing links libcuda: _cuda imports without a driver.
-target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)
-set_target_properties(_cuda PROPERTIES LINKER_LANGUAGE CXX CUDA_RUNTIME_LIBRARY None)
+function(jax_flash_cuda_module name)
+  nanobind_add_module(${name} STABLE_ABI NB_STATIC ${ARGN})
+  target_include_directories(${name} PRIVATE csrc ${XLA_FFI_INCLUDE})
+  target_link_libraries(${name} PRIVATE CUDA::cudart_static)
+  # cudart stays private: JAX brings its own. Nothing links libcuda: _cuda imports without a driver.
+  target_link_options(${name} PRIVATE -Wl,--exclude-libs,ALL)
+  set_target_properties(${name} PROPERTIES LINKER_LANGUAGE CXX CUDA_RUNTIME_LIBRARY None)
+  install(TARGETS ${name} LIBRARY DESTINATION jax_flash)
+endfunction()
+
+jax_flash_cuda_module(_cuda csrc/common/module_cuda.cc csrc/attention/ffi_cuda.cc)
 
 # sm_80 is the complete implementation. Its machine code serves Ampere and Ada; Hopper gets its own
 # from the same PTX, since compiling it at the first call would take tens of seconds; newer GPUs
 # compile the PTX.
 file(GLOB sm80_sources CONFIGURE_DEPENDS
   csrc/attention/cuda/*.cu csrc/attention/cuda/instances/*.cu)
-jax_flash_kernels(sm80
+jax_flash_kernels(sm80 _cuda
   GENCODE "arch=compute_80,code=[sm_80,compute_80]" "arch=compute_80,code=sm_90"
   SOURCES ${sm80_sources})
 
 # sm_90a: kernels on TMA and wgmma, which only that architecture assembles.
 file(GLOB sm90_sources CONFIGURE_DEPENDS csrc/attention/cuda/instances/sm90/*.cu)
 if(sm90_sources)
-  jax_flash_kernels(sm90 GENCODE "arch=compute_90a,code=sm_90a" SOURCES ${sm90_sources})
+  jax_flash_kernels(sm90 _cuda
+    GENCODE "arch=compute_90a,code=sm_90a" SOURCES ${sm90_sources})
 endif()
 
-install(TARGETS _cuda LIBRARY DESTINATION jax_flash)
+# _cuda_testing runs each instruction of csrc/ptx alone, for tests/test_ptx.py; not in a wheel.
+if(NOT SKBUILD_STATE STREQUAL "wheel")
+  jax_flash_cuda_module(_cuda_testing csrc/testing/ptx/ffi.cc)
+  file(GLOB testing_sources CONFIGURE_DEPENDS csrc/testing/ptx/*.cu)
+  jax_flash_kernels(testing _cuda_testing
+    GENCODE "arch=compute_90a,code=sm_90a"
+    SOURCES ${testing_sources})
+endif()

@@ -93,15 +93,22 @@ def plain_attention(tensors, cotangents, ok, keep, *, scale, rate):
     return with_gradients(attend, tensors, cotangents)
 
 
-def assert_close(name: str, ours, exact: np.ndarray, plain, inherent: float = 0.0) -> None:
-    """The rule of this module on one array: `ours` gives the type, `inherent` comes on top."""
+def error_ratio(ours, exact: np.ndarray, plain, inherent: float = 0.0) -> tuple[float, str]:
+    """The rule of this module on one array: its error over what is allowed it (NaN: infinite), and
+    that in words. `ours` gives the type, `inherent` comes on top of what is allowed."""
     unit = float(jnp.finfo(ours.dtype).eps) + 32 * float(jnp.finfo(np.float32).eps)
     ours, plain = (np.asarray(x, np.float64) for x in (ours, plain))
-    assert ours.shape == exact.shape, f"{name}: shape {ours.shape}, expected {exact.shape}"
-    error = np.abs(ours - exact)
+    assert ours.shape == exact.shape, f"shape {ours.shape}, expected {exact.shape}"
+    error = np.nan_to_num(np.abs(ours - exact), nan=np.inf)
     bound = 2 * np.abs(plain - exact).max() + unit * np.abs(exact).max() + inherent
-    at = tuple(map(int, np.unravel_index(np.nan_to_num(error, nan=np.inf).argmax(), error.shape)))
-    assert error[at] <= bound, f"{name}: off by {error[at]:.3g} at {at}, allowed {bound:.3g}"
+    at = tuple(map(int, np.unravel_index(error.argmax(), error.shape)))
+    ratio = error[at] / bound if error[at] > 0 else 0.0
+    return float(ratio), f"off by {error[at]:.3g} at {at}, allowed {bound:.3g}"
+
+
+def assert_close(name: str, ours, exact: np.ndarray, plain, inherent: float = 0.0) -> None:
+    ratio, text = error_ratio(ours, exact, plain, inherent)
+    assert ratio <= 1, f"{name}: {text}"
 
 
 def assert_lse(ours, exact) -> None:

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import os
 
 import jax
 import numpy as np
 import pytest
 
 import jax_flash
-from benchmarks import evidence, providers, readme, rows, run, workloads
+from benchmarks import evidence, model, providers, readme, rows, run, workloads
 from benchmarks.workloads import WORKLOADS
 
 
@@ -25,6 +26,7 @@ def _signature(workload):
         small.block_size if small.block_density else None,
         small.kv_heads,
         small.head_dim,
+        small.deterministic,
     )
 
 
@@ -59,6 +61,52 @@ def test_pairs_are_counted_exactly():
     ragged = WORKLOADS["varlen/ragged/h128/full"]
     assert ragged.cu_seqlens()[-1] == ragged.seq == workloads.TOKENS
     assert len(set(ragged.lengths)) > 5
+
+
+def test_options_have_dense_twins():
+    """Everything that the README's table of costs compares, and with what."""
+    for name, twin, share in (
+        ("dropout/h64/t2048/causal", "grid/h64/t2048/causal", 1),
+        ("gqa8/h128/t4096/full", "grid/h128/t4096/full", 1),
+        ("deterministic/h128/t8192/full", "grid/h128/t8192/full", 1),
+        ("varlen/equal/h64/full", "grid/h64/t4096/full", 1),
+        ("blocksparse/128x128/25%", "grid/h64/t8192/full", 0.25),
+    ):
+        assert WORKLOADS[name].twin() is WORKLOADS[twin]
+        assert WORKLOADS[name].share() == share
+    # 128 rows of tiles; the first 8 see fewer than the window's 9.
+    windowed = WORKLOADS["window/h128/left1024"]
+    assert windowed.share() == (128 * 9 - 36) / (128 * 129 / 2)
+    ragged = WORKLOADS["varlen/ragged/h128/causal"]
+    assert ragged.twin() is WORKLOADS["grid/h128/t2048/causal"]
+    pairs = sum(n * n for n in ragged.lengths) / (workloads.TOKENS * 2048)
+    assert ragged.share() == pytest.approx(pairs)
+    for name in ("grid/h64/t512/full", "cpu/f32/t2048/gqa", "long/h128/t65536/full"):
+        assert WORKLOADS[name].twin() is None
+
+
+def test_twins_stand_beside_their_options():
+    names = "gqa/h128/t4096/full,grid/h64/t512/full,mqa/h128/t4096/full,window/h128/left256"
+    found = workloads.with_twins(workloads.select(names))
+    assert [workload.name for workload in found] == [
+        "grid/h128/t4096/full",
+        "gqa/h128/t4096/full",
+        "mqa/h128/t4096/full",
+        "grid/h128/t16384/causal",
+        "window/h128/left256",
+        "grid/h64/t512/full",
+    ]
+
+
+def test_a_switch_of_the_process_is_put_back(monkeypatch):
+    monkeypatch.delenv("JAX_FLASH_CUDA_KERNELS", raising=False)
+    with providers.environment("jax_flash_sm80"):
+        assert os.environ["JAX_FLASH_CUDA_KERNELS"] == "sm_80"
+        with providers.environment("jax_flash"):
+            assert os.environ["JAX_FLASH_CUDA_KERNELS"] == "sm_80"
+    assert "JAX_FLASH_CUDA_KERNELS" not in os.environ
+    assert providers.built_alone("jax_flash_sm80") and providers.built_alone("torch_flash")
+    assert not providers.built_alone("jax_flash")
 
 
 def test_unknown_workload_is_refused():
@@ -120,6 +168,102 @@ def test_rows_pair_rivals_of_the_same_run_only(tmp_path):
     assert found.ms == {("w", "forward"): {"jax_flash": 2.0, "jax_nn_xla": 6.0}}
     assert found.ratio("w", "forward", "jax_nn_xla") == 3.0
     assert found.ratio("w", "forward", "torch_flash") is None
+
+
+def _row(run_, workload, provider, ms, tflops=1.0):
+    values = dict.fromkeys(run.COLUMNS, "x")
+    values |= dict(run=run_, workload=workload, provider=provider, direction="forward")
+    return values | dict(ms=ms, tflops=tflops, spread=0, host_bound=0)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Rows of two runs, the later without rivals, and leads from another call."""
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    path = tmp_path / "attention.csv"
+    grid, option = "grid/h128/t4096/full", "dropout/h128/t8192/full"
+    with open(path, "w") as file:
+        writer = csv.DictWriter(file, run.COLUMNS)
+        writer.writeheader()
+        for row in (
+            ("1", rows.CEILING, "jax_matmul", 1.6, 690.0),
+            ("1", grid, "jax_flash", 2.0, 700.0),
+            ("1", grid, "jax_nn_cudnn", 2.5, 560.0),
+            ("1", grid, "torch_flash", 4.0, 350.0),
+            ("1", "grid/h128/t8192/full", "jax_flash", 9.0),
+            ("1", option, "jax_flash", 9.1),
+            ("2", grid, "jax_flash", 2.2),
+            ("2", "grid/h128/t8192/full", "jax_flash", 4.0),
+            ("2", option, "jax_flash", 4.4),
+        ):
+            writer.writerow(_row(*row))
+    (tmp_path / "other_call.csv").write_text(
+        "workload,direction,provider,over_jax_nn_cudnn,measured\n"
+        f"{grid},forward,flash_attention_3,1.3,elsewhere\n"
+    )
+    return rows.Rows(path)
+
+
+def test_rivals_of_another_call_come_through_cudnn(measured):
+    grid = "grid/h128/t4096/full", "forward"
+    assert measured.ms[grid]["jax_flash"] == 2.0  # of the run that has rivals
+    assert measured.ratio(*grid, "jax_nn_cudnn") == 1.25
+    assert measured.other_ratio(*grid, "flash_attention_3") == pytest.approx(1.25 / 1.3)
+    assert measured.other_ratio(*grid, "tokamax") is None
+    assert measured.best_rival(*grid) == ("FlashAttention-3", pytest.approx(1.25 / 1.3))
+    assert measured.best_rival("grid/h128/t8192/full", "forward") is None
+    assert measured.ceiling() == 690.0
+    text = readme.best_rivals(measured)
+    assert "| forward, H=128, full | 0.96 f3 |" in text
+    assert "forward 1.25x (1 cells)" in text
+    assert "Behind the best rival: 1 of 1 cells" in text
+
+
+def test_costs_compare_one_run(measured):
+    """Run 2 is the later one that has both; its ratio, not one of two runs."""
+    name = "dropout/h128/t8192/full"
+    assert measured.cost(name, "grid/h128/t8192/full", "forward") == pytest.approx(1.1)
+    assert measured.cost(name, "grid/h64/t8192/full", "forward") is None
+    line = readme.option_costs(measured).splitlines()[-2]
+    assert line == f"| `{name}` | `grid/h128/t8192/full` | 1 | +10% |  |"
+
+
+@pytest.fixture
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_model_trains_and_leaves_rows(tmp_path, capsys, quick_compilation):
+    path = tmp_path / "model.csv"
+    names = ("jax_flash", "jax_nn_xla")
+    arguments = ["--tiny", "--rounds", "1", "--steps", "2", "--target", "0.001"]
+    assert model.main([*arguments, "--attention", ",".join(names), "--out", str(path)]) == 0
+    found = rows.ModelRows(path)
+    assert [row["attention"] for row in found.latest()] == list(names)
+    for row in found.latest():
+        parts = [float(row[name]) for name in ("forward_ms", "backward_ms")]
+        assert 0 < sum(parts) and float(row["tokens_per_s"]) > 0
+        assert 0 < float(row["loss"]) < 6  # log 256 = 5.5 at the start
+    assert "the rest" in capsys.readouterr().out
+    assert readme.model(found).count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    "kernel, kind",
+    [
+        ("jax_flash::attention::sm90::forward_kernel<Traits>", "attention forward"),
+        ("void jax_flash::attention::backward_kernel<Traits>", "attention backward"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention backward"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention forward"),
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
+        ("loop_add_fusion_3", "the rest"),
+        ("MemcpyD2D", "copies"),
+    ],
+)
+def test_kernels_are_told_apart(kernel, kind):
+    assert model.kind_of(kernel) == kind
 
 
 def test_readme_is_up_to_date():

@@ -3,6 +3,7 @@ operands, without copies, and without memory of the size of the scores."""
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -260,6 +261,29 @@ def test_show_backends(capsys, monkeypatch):
     jax_flash.show_backends()
     out = capsys.readouterr().out
     assert "no: no cuda module" in out and "no: no cpu module" in out
+
+
+@pytest.mark.parametrize(
+    "capability, switch, words",
+    [
+        ("8.6", "", "sm_80 kernels"),
+        ("9.0", "", "sm_90a kernels, and sm_80 kernels for what those do not serve"),
+        ("9.0", "sm_80", "sm_80 kernels (JAX_FLASH_CUDA_KERNELS=sm_80)"),
+        ("12.0", "", "sm_80 kernels compiled from PTX at their first use"),
+        ("7.5", "", None),
+    ],
+)
+def test_show_backends_names_the_kernels_of_the_gpu(capability, switch, words, capsys, monkeypatch):
+    gpu = types.SimpleNamespace(device_kind="NVIDIA X", compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda platform: [gpu, gpu])
+    monkeypatch.setattr(_register, "missing", lambda name: None)
+    monkeypatch.setenv("JAX_FLASH_CUDA_KERNELS", switch)
+    jax_flash.show_backends()
+    line = capsys.readouterr().out.splitlines()[1]
+    if words is None:
+        assert line == "  cuda  no: NVIDIA X is older than compute capability 8.0"
+    else:
+        assert line == f"  cuda  yes: NVIDIA X, {words}"
 
 
 # Memory -------------------------------------------------------------------------------------------

@@ -90,6 +90,23 @@ def test_jax_version_is_supported():
     assert (0, 10) <= version < (0, 13)
 
 
+def test_every_switch_is_documented():
+    """Environment variables and CMake options of ours: those that docs/switches.md names."""
+    found = set()
+    for folder, pattern in (
+        ("csrc", r'getenv\("(JAX_FLASH_\w+)"'),
+        ("jax_flash", r'environ(?:\.get)?[\[(]"(JAX_FLASH_\w+)"'),
+        ("tests", r'environ\.get\("(JAX_FLASH_\w+)"'),
+        ("cmake", r"^(?:set|option)\((JAX_FLASH_\w+)"),
+    ):
+        for path in (evidence.ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".h", ".cc", ".cmake"):
+                found |= set(re.findall(pattern, path.read_text(), re.MULTILINE))
+    text = (evidence.ROOT / "docs" / "switches.md").read_text()
+    documented = set(re.findall(r"^\| `(JAX_FLASH_\w+)`", text, re.MULTILINE))
+    assert len(found) >= 5 and documented == found
+
+
 def test_readme_example_runs(capsys):
     """The example prints a finite loss, the gradient's shape, and the backends."""
     text = (evidence.ROOT / "README.md").read_text()
