@@ -261,26 +261,29 @@ def cuda_backward_workspace(config, *operands) -> int:
     if query.dtype == jnp.float32:
         return 4 * batch * heads * seq_q
 
-    def rows(total, tile):  # of whole tiles, for every sequence
+    def slots(total, tile):  # tiles of all sequences
         if not config.varlen:
-            return -(-total // tile) * tile
+            return -(-total // tile)
         num_sequences = operands[-len(OPTIONS)].shape[-1] - 1
-        return (total // tile + num_sequences + 2) * tile
+        return total // tile + num_sequences + 2
 
     dims = [query.shape[-1]] + ([value.shape[-1]] if config.packing == SEPARATE else [])
     head_dim = next(dim for dim in (64, 128, 256) if max(dims) <= dim)
     ctas, most_dq_bytes, most_splits = 264, 512 << 20, 16
     columns, tiles = batch * kv_heads, -(-seq_k // 128)
-    dq_bytes = 4 * head_dim * batch * heads * rows(seq_q, 64)
-    dkv_bytes = 2 * 4 * head_dim * columns * rows(seq_k, 128)
+    rows = batch * heads * max(tile * slots(seq_q, tile) for tile in (64, 128))
+    dq_bytes = 4 * head_dim * rows
+    dkv_bytes = 2 * 4 * head_dim * columns * 128 * slots(seq_k, 128)
     dq_buffers = key_splits = 1
     if config.deterministic:
         dq_buffers = max(1, min(tiles, -(-ctas // columns), most_dq_bytes // dq_bytes))
     else:
         steps = heads // kv_heads * -(-seq_q // 64)
         key_splits = max(1, min(ctas // (columns * tiles), -(-steps // 4), most_splits))
-    stats_bytes = 8 * batch * heads * rows(seq_q, 64)
-    return stats_bytes + dq_buffers * dq_bytes + (key_splits * dkv_bytes if key_splits > 1 else 0)
+    sums = dq_buffers * dq_bytes + (key_splits * dkv_bytes if key_splits > 1 else 0)
+    places = 128 * columns * key_splits * slots(seq_k, 64)
+    counters = -(-(4 + batch * heads * slots(seq_q, 64)) // 4) * 16
+    return 8 * rows + sums + places + counters
 
 
 def _refuse(platform: str):

@@ -1,5 +1,5 @@
 // How one backward call is cut into CTAs, and where its workspace lies. The same rule, written in
-// Python, sizes the buffer (_ops/attention.py: _cuda_backward_workspace_bytes); it depends on
+// Python, sizes the buffer (_ops/attention.py: cuda_backward_workspace); it depends on
 // shapes alone, never on the device.
 #pragma once
 
@@ -12,7 +12,8 @@
 
 namespace jax_flash::attention {
 
-inline constexpr int kPlanQueries = 64, kPlanKeys = 128;     // no kernel's tiles are larger
+inline constexpr int kPlanQueries = 64, kPlanKeys = 128;     // nominal tiles
+inline constexpr int64_t kPlanPlaceBytes = 128;              // of an sm_90a key tile's entry
 inline constexpr int64_t kPlanCtas = 264;                    // two a multiprocessor of an H200
 inline constexpr int64_t kPlanDqBytes = int64_t{512} << 20;  // the most that dq_buffers may take
 inline constexpr int64_t kPlanMaxKeySplits = 16;
@@ -34,6 +35,10 @@ struct BackwardPlan {
                              // empty with one split
   int64_t dq_elements = 0, dkv_elements = 0;  // of one dQ sum; of one split's dK or dV sum
   int64_t key_tile_elements = 0;              // of one slot's dK or dV
+  // The sm_90a kernels' own: a list of their key tiles; counters, of tiles taken and, where
+  // deterministic, of the additions to each tile of dQ.
+  void* places = nullptr;   // [batches, kv_heads, key slots of 64, key_splits] entries
+  int* counters = nullptr;  // [4 + batches * heads * query slots of 64]
   int64_t bytes = 0;
 };
 
@@ -84,7 +89,14 @@ inline BackwardPlan make_backward_plan(const BackwardParams& p, int block_m, int
   plan.stats = reinterpret_cast<float2*>(base);
   plan.dq_sum = reinterpret_cast<float*>(base + stats_bytes);
   plan.dkv_sum = reinterpret_cast<float*>(base + stats_bytes + dq_bytes);
-  plan.bytes = stats_bytes + dq_bytes + dkv_bytes;
+  base += stats_bytes + dq_bytes + dkv_bytes;
+  const int64_t places_bytes =
+      columns * plan.key_splits * plan_slots(p, p.seq_k, 64) * kPlanPlaceBytes;
+  plan.places = base;
+  plan.counters = reinterpret_cast<int*>(base + places_bytes);
+  const int64_t counters_bytes =
+      ceil_div(4 + plan.batches * p.heads * plan_slots(p, p.seq_q, 64), 4) * 16;
+  plan.bytes = stats_bytes + dq_bytes + dkv_bytes + places_bytes + counters_bytes;
   return plan;
 }
 

@@ -16,6 +16,11 @@ const char* forward_sm80(const ForwardParams& params, cudaStream_t stream);
 template <typename Element, int kHeadDim>
 const char* backward_sm80(const BackwardParams& params, cudaStream_t stream);
 
+// The same on compute capability 9.0, backward for 128; kNotCovered where the call needs the
+// others.
+template <typename Element, int kHeadDim>
+const char* backward_sm90(const BackwardParams& params, cudaStream_t stream);
+
 // f32 in exact f32 arithmetic; the head dims of the backward.
 template <int kHeadDim>
 const char* forward_f32(const ForwardParams& params, cudaStream_t stream);

@@ -48,7 +48,7 @@ struct BackwardTraits {
   struct Smem {
     KeyTile k, v;
     QueryTile q[kStages], dout[kStages];
-    ScoreTile ds[2];  // in the end: dK and dV on their way out
+    ScoreTile ds[2];                // in the end: dK and dV on their way out
     float dq[kConsumers][64 * 64];  // a warpgroup's block of dQ, [n][thread][4]
     float lse[kStages][kBlockM], delta[kStages][kBlockM];  // in the order of stats_index
     Step steps[kStages];
@@ -56,7 +56,7 @@ struct BackwardTraits {
     KeyTilePlace places[2];
     ptx::Mbarrier place_full[2], place_empty[2], k_full, k_empty, v_full, v_empty;
     ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
-    ptx::Mbarrier dq_full[kConsumers], dq_empty[kConsumers];
+    ptx::Mbarrier ds_full[2], dq_full[kConsumers], dq_empty[kConsumers];
   };
   static_assert(sizeof(GradientTile) * kConsumers <= sizeof(ScoreTile) * 2);
   static_assert(sizeof(Smem) <= 227 * 1024);
@@ -81,6 +81,7 @@ __device__ __forceinline__ void initialise_barriers(typename Traits::Smem& smem)
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(smem.place_full[i], 1);
     ptx::mbarrier_init(smem.place_empty[i], 1);
+    ptx::mbarrier_init(smem.ds_full[i], kWarps);
   }
   ptx::mbarrier_init(smem.k_full, 1);
   ptx::mbarrier_init(smem.k_empty, kWarps);
@@ -123,7 +124,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
     KeyTilePlace& place = smem.places[t % 2];
     ptx::Mbarrier& place_full = smem.place_full[t % 2];
     ptx::mbarrier_wait(smem.place_empty[t % 2], (t / 2 & 1) ^ 1);
-    if (index >= a.num_tiles) {
+    if (index >= a.num_places) {
       place.exists = false;
       ptx::mbarrier_arrive(place_full);
       return;
@@ -202,8 +203,7 @@ template <int kThreads, typename Tile>
 __device__ __forceinline__ void zero_rows(Tile& tile, int rows) {
   const int chunks = (Tile::kRows - rows) * (Tile::kCols / 8);
   for (int i = threadIdx.x % kThreads; i < chunks; i += kThreads) {
-    const uint32_t offset =
-        Tile::offset(rows + i / (Tile::kCols / 8), i % (Tile::kCols / 8) * 8);
+    const uint32_t offset = Tile::offset(rows + i / (Tile::kCols / 8), i % (Tile::kCols / 8) * 8);
     *reinterpret_cast<uint4*>(reinterpret_cast<char*>(tile.data) + offset) = uint4{};
   }
 }
@@ -258,10 +258,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
   // This warpgroup's 64 x 64 block of dS K.
   const auto multiply_scores = [&](float (&rD)[8][4], const ScoreTile& ds) {
     const int query_slab = kBlockM > 64 ? consumer : 0, dim_slab = kHeadDim > 64 ? consumer : 0;
-    const uint64_t a =
-        ptx::matrix_descriptor(&ds, 0) + query_slab * (ScoreTile::kSlabBytes >> 4);
-    const uint64_t b =
-        ptx::matrix_descriptor(&smem.k, 0) + dim_slab * (KeyTile::kSlabBytes >> 4);
+    const uint64_t a = ptx::matrix_descriptor(&ds, 0) + query_slab * (ScoreTile::kSlabBytes >> 4);
+    const uint64_t b = ptx::matrix_descriptor(&smem.k, 0) + dim_slab * (KeyTile::kSlabBytes >> 4);
     ptx::wgmma_pin(rD);
     ptx::wgmma_fence();
 #pragma unroll
@@ -271,6 +269,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
   };
 
   Ring<Traits::kStages> ring;
+  Ring<2> ds_ring;
   uint32_t key_phase = 0, dq_phase = 0;
   for (int t = 0;; ++t) {
     ptx::mbarrier_wait(smem.place_full[t % 2], t / 2 & 1);
@@ -298,29 +297,18 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
           sync_consumers();  // The rows are zero before any wgmma reads them.
         }
       };
-      wait_for_keys(smem.k, smem.k_full);
-      wait_for_queries(smem.q[ring.stage], smem.q_full[ring.stage]);
-      multiply_keys(rS, smem.k, smem.q[ring.stage]);
-      ptx::wgmma_commit();
-      wait_for_keys(smem.v, smem.v_full);
-      wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
-      multiply_keys(rDP, smem.v, smem.dout[ring.stage]);
-      ptx::wgmma_commit();
-
-      for (int i = 0;; ++i) {
-        const int stage = ring.stage;
-        const typename Traits::Step& step = smem.steps[stage];
-        // S -> P, while dP runs.
-        ptx::wgmma_wait<1>();
+      // S of a step -> P in 16 bits.
+      const auto exponentiate = [&] {
+        const typename Traits::Step& step = smem.steps[ring.stage];
         ptx::wgmma_pin(rS);
         if (!step.is_full) {
-          mask_scores(rS, s, BlockMask(a.p.mask, place.batch, step.head),
-                      s.first_row + warp_row, step.row);
+          mask_scores(rS, s, BlockMask(a.p.mask, place.batch, step.head), s.first_row + warp_row,
+                      step.row);
         }
 #pragma unroll
         for (int j = 0; j < kBlockM / 16; ++j) {
           const float4 lse =
-              *reinterpret_cast<const float4*>(&smem.lse[stage][16 * j + 4 * quad_lane]);
+              *reinterpret_cast<const float4*>(&smem.lse[ring.stage][16 * j + 4 * quad_lane]);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const float low = e % 2 == 0 ? lse.x : lse.y, high = e % 2 == 0 ? lse.z : lse.w;
@@ -329,13 +317,44 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
           }
           device::pack_operand<Element>(rP[j], rS[2 * j], rS[2 * j + 1]);
         }
+      };
+      // Hands the finished block of dQ to the thread that adds it to the sums.
+      const auto send_dq = [&](float* target) {
+        ptx::wgmma_pin(rDQ);
+        ptx::mbarrier_wait(smem.dq_empty[consumer], dq_phase ^ 1);
+        dq_phase ^= 1;
+        float4* block = reinterpret_cast<float4*>(smem.dq[consumer]) + thread;
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          block[n * 128] = {rDQ[n][0], rDQ[n][1], rDQ[n][2], rDQ[n][3]};
+        }
+        if (thread == 0) smem.dq_target[consumer] = target;
+        ptx::fence_async_shared();
+        __syncwarp();  // All lanes' elements are written and fenced.
+        release(smem.dq_full[consumer]);
+      };
+
+      wait_for_keys(smem.k, smem.k_full);
+      wait_for_queries(smem.q[ring.stage], smem.q_full[ring.stage]);
+      ptx::wgmma_pin(rDK);
+      ptx::wgmma_pin(rDV);
+      multiply_keys(rS, smem.k, smem.q[ring.stage]);
+      ptx::wgmma_commit();
+      wait_for_keys(smem.v, smem.v_full);
+      wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
+      ptx::wgmma_wait<0>();
+      exponentiate();
+      multiply_keys(rDP, smem.v, smem.dout[ring.stage]);
+      ptx::wgmma_commit();
+
+      while (true) {
+        // In flight: dP. dV runs while dP becomes dS.
+        const int stage = ring.stage;
         accumulate(rDV, rP, smem.dout[stage]);
         ptx::wgmma_commit();
-
-        // dP -> dS, while dV runs.
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDP);
-        ScoreTile& ds = smem.ds[i % 2];
+        ScoreTile& ds = smem.ds[ds_ring.stage];
         const device::LdmatrixAddress<ScoreTile> ds_address(
             ds, device::LdmatrixAddress<ScoreTile>::Order::kRowsFirst, warp_row);
 #pragma unroll
@@ -343,59 +362,58 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
           const float4 delta =
               *reinterpret_cast<const float4*>(&smem.delta[stage][16 * j + 4 * quad_lane]);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float low = e % 2 == 0 ? delta.x : delta.y, high = e % 2 == 0 ? delta.z : delta.w;
-            rS[2 * j][e] *= rDP[2 * j][e] - low;
-            rS[2 * j + 1][e] *= rDP[2 * j + 1][e] - high;
+          for (int word = 0; word < 4; ++word) {
+            const float2 x = device::unpack<Element>(rP[j][word]);
+            const float (&dp)[4] = rDP[2 * j + word / 2];
+            const float even = word < 2 ? delta.x : delta.z, odd = word < 2 ? delta.y : delta.w;
+            rDS[j][word] = device::pack<Element>(x.x * (dp[word % 2 * 2] - even),
+                                                 x.y * (dp[word % 2 * 2 + 1] - odd));
           }
-          device::pack_operand<Element>(rDS[j], rS[2 * j], rS[2 * j + 1]);
           ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
         }
         ptx::fence_async_shared();
-        const bool is_last = step.is_last;
-        float* const dq_target = step.dq + consumer * (64 * 64);
-        sync_consumers();  // dS of both warpgroups is written.
+        __syncwarp();  // All lanes' elements are written and fenced.
+        release(smem.ds_full[ds_ring.stage]);
+        const bool is_last = smem.steps[stage].is_last;
+        float* const dq_target = smem.steps[stage].dq + consumer * (64 * 64);
 
-        // dQ, then the next step's S, dK, the next step's dP.
-        multiply_scores(rDQ, ds);
-        ptx::wgmma_commit();
-        const auto send_dq = [&] {
-          ptx::mbarrier_wait(smem.dq_empty[consumer], dq_phase ^ 1);
-          dq_phase ^= 1;
-          float4* block = reinterpret_cast<float4*>(smem.dq[consumer]) + thread;
-#pragma unroll
-          for (int n = 0; n < 8; ++n) {
-            block[n * 128] = {rDQ[n][0], rDQ[n][1], rDQ[n][2], rDQ[n][3]};
-          }
-          if (thread == 0) smem.dq_target[consumer] = dq_target;
-          ptx::fence_async_shared();
-          __syncwarp();  // All lanes' elements are written and fenced.
-          release(smem.dq_full[consumer]);
-        };
-        ptx::wgmma_wait<1>();
-        ptx::wgmma_pin(rDV);
-        release(smem.dout_empty[stage]);
+        // dK, and the next step's S behind it.
         accumulate(rDK, rDS, smem.q[stage]);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
-        ptx::wgmma_pin(rDQ);
+        ptx::wgmma_pin(rDV);
+        release(smem.dout_empty[stage]);
         ring.advance();
         if (is_last) {
           release(smem.v_empty);
-          release(smem.k_empty);
-          send_dq();
+          ptx::mbarrier_wait(smem.ds_full[ds_ring.stage], ds_ring.phase);
+          multiply_scores(rDQ, ds);
+          ptx::wgmma_commit();
           ptx::wgmma_wait<0>();
           ptx::wgmma_pin(rDK);
           release(smem.q_empty[stage]);
+          release(smem.k_empty);
+          ds_ring.advance();
+          send_dq(dq_target);
           break;
         }
         wait_for_queries(smem.q[ring.stage], smem.q_full[ring.stage]);
         multiply_keys(rS, smem.k, smem.q[ring.stage]);
         ptx::wgmma_commit();
-        send_dq();
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDK);
         release(smem.q_empty[stage]);
+
+        // dQ, once the other warpgroup has its dS, while the next S becomes P; the next dP while dQ
+        // leaves.
+        ptx::mbarrier_wait(smem.ds_full[ds_ring.stage], ds_ring.phase);
+        multiply_scores(rDQ, ds);
+        ptx::wgmma_commit();
+        ds_ring.advance();
+        ptx::wgmma_wait<1>();
+        exponentiate();
+        ptx::wgmma_wait<0>();
+        send_dq(dq_target);
         wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
         multiply_keys(rDP, smem.v, smem.dout[ring.stage]);
         ptx::wgmma_commit();
@@ -425,9 +443,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         ptx::stmatrix_x4(address(0, 16 * j), packed);
       }
       ptx::named_barrier_sync(own_barrier, 128);  // The tile is written before others copy it.
-      Element* destination =
-          element_pointer<Element>(tensor, place.batch,
-                                   s.key_start + s.first_row + 64 * consumer, place.kv_head);
+      Element* destination = element_pointer<Element>(
+          tensor, place.batch, s.key_start + s.first_row + 64 * consumer, place.kv_head);
       constexpr int kChunks = kHeadDim / 8;
       const int col = thread % kChunks * 8;
 #pragma unroll
@@ -441,9 +458,18 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
       }
       ptx::named_barrier_sync(own_barrier, 128);  // The tile is copied before it is written again.
     };
-    const float dropout = dropout_scale(a.p.dropout);
-    store(rDV, dropout, a.p.dv, static_cast<int>(a.p.value_dim));
-    store(rDK, a.p.scale * dropout, a.p.dk, static_cast<int>(a.p.head_dim));
+    if (place.dkv_sum == nullptr) {
+      const float dropout = dropout_scale(a.p.dropout);
+      store(rDV, dropout, a.p.dv, static_cast<int>(a.p.value_dim));
+      store(rDK, a.p.scale * dropout, a.p.dk, static_cast<int>(a.p.head_dim));
+    } else {
+      float4* sum = reinterpret_cast<float4*>(place.dkv_sum) + consumer * (16 * kHeadDim) + thread;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        sum[n * 128] = {rDK[n][0], rDK[n][1], rDK[n][2], rDK[n][3]};
+        sum[a.plan.dkv_elements / 4 + n * 128] = {rDV[n][0], rDV[n][1], rDV[n][2], rDV[n][3]};
+      }
+    }
     sync_consumers();  // Everyone has left the tile and the place of dS.
     if (threadIdx.x == 128) ptx::mbarrier_arrive(smem.place_empty[t % 2]);
   }

@@ -7,14 +7,14 @@
 
 namespace jax_flash::attention::sm90 {
 
-// A key tile's work: the query tiles of `range` for every head of the group, `num_steps` in all,
-// beginning in the middle where CTAs should not all add to the same dQ. Found by the prepare kernel,
-// since the producer warp has no registers to look for it.
+// What a CTA does at one go: for a key tile, `num_steps` of the (head of the group, query tile of
+// the range), from (first_head, first_tile) on: all of them, or where key_splits CTAs share them, a
+// part. Found by the prepare kernel, since the producer warp has no registers to look for it.
 struct alignas(16) KeyTilePlace {
   Sequence sequence;
   BatchIndex batch;
   TileRange range;
-  float* dq_sum;
+  float *dq_sum, *dkv_sum;  // dkv_sum: of this tile and split; nullptr: dK and dV leave whole
   int query_tile;  // of head 0 and the sequence's first rows: [batches, heads, query_slots]
   int kv_head, first_head, first_tile, num_steps;
   bool exists;
@@ -25,10 +25,10 @@ struct BackwardArguments {
   BackwardPlan plan;
   OperandMap q, k, v, dout;
   // Key tiles are numbered by section, slot, column of the section: the slots of `section` columns
-  // (batch entry, kv head) pass by together, the first slots, which a causal mask makes the longest,
-  // first.
-  int num_tiles = 0, section = 1;
-  KeyTilePlace* places = nullptr;  // [num_tiles]
+  // (batch entry, kv head) pass by together, the first slots, which a causal mask makes the
+  // longest, first.
+  int num_places = 0, section = 1;
+  KeyTilePlace* places = nullptr;  // [num_places]: [key tiles, key_splits]
   int* next_tile = nullptr;        // how many tiles were taken beyond each CTA's first
 };
 

@@ -8,8 +8,8 @@
 
 namespace jax_flash::attention::sm90 {
 
-// Columns (batch entry, kv head) whose key tiles pass by together: as many as share L2, where a mask
-// makes some tiles longer than others; else one after another.
+// Columns (batch entry, kv head) whose key tiles pass by together: as many as share L2, where a
+// mask makes some tiles longer than others; else one after another.
 inline int section_columns(const Problem& p, int64_t columns) {
   if (p.mask.window_right >= p.seq_k && p.mask.window_left >= p.seq_q && !p.mask.varlen) return 1;
   constexpr int64_t kL2Bytes = INT64_C(32) << 20;
@@ -31,26 +31,23 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream) {
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   BackwardArguments a{p, make_backward_plan(p, kBlockM, kBlockN)};
   BackwardPlan& plan = a.plan;
-#ifdef FORCE_SPLIT
-  plan.key_splits = 1;
-#endif
-  if (p.deterministic || plan.key_splits > 1 || p.mask.block_mask.data != nullptr ||
-      p.dropout.threshold > 0 || !(p.scale > 0.0f)) {
+  if (p.deterministic || p.mask.block_mask.data != nullptr || p.dropout.threshold > 0 ||
+      !(p.scale > 0.0f)) {
     return kNotCovered;
   }
-  const int64_t columns = plan.batches * p.kv_heads, num_tiles = columns * plan.key_slots;
+  const int64_t columns = plan.batches * p.kv_heads, key_tiles = columns * plan.key_slots;
+  const int64_t num_places = key_tiles * plan.key_splits;
   const int64_t query_tiles = plan.batches * p.heads * plan.query_slots;
-  if (num_tiles > INT32_MAX / 2 || query_tiles > INT32_MAX / 2) return kNotCovered;
-  a.num_tiles = static_cast<int>(num_tiles);
+  if (num_places > INT32_MAX / 2 || query_tiles > INT32_MAX / 2) return kNotCovered;
+  a.num_places = static_cast<int>(num_places);
   a.section = section_columns(p, columns);
 
-  // The list of key tiles lies behind the sums.
-  char* places = static_cast<char*>(p.workspace) + plan.bytes;
-  a.places = reinterpret_cast<KeyTilePlace*>(places);
-  a.next_tile = reinterpret_cast<int*>(places + num_tiles * sizeof(KeyTilePlace));
-  if (plan.bytes + num_tiles * int64_t{sizeof(KeyTilePlace)} + 16 > p.workspace_bytes) {
+  if (plan.bytes > p.workspace_bytes) {
     return "jax_flash: workspace: smaller than the CUDA backward needs";
   }
+  static_assert(sizeof(KeyTilePlace) <= kPlanPlaceBytes);
+  a.places = static_cast<KeyTilePlace*>(plan.places);
+  a.next_tile = plan.counters;
   if (!make_operand_map(p, p.q, p.seq_q, p.heads, p.head_dim, kBlockM, a.q) ||
       !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, kBlockN, a.k) ||
       !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, kBlockN, a.v) ||
@@ -63,18 +60,24 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream) {
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   const auto kernel = backward_kernel<Traits>;
   constexpr int kSharedBytes = sizeof(typename Traits::Smem);
-  if (const cudaError_t error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
       error != cudaSuccess) {
     return cudaGetErrorString(error);
   }
-  prepare_kernel<Traits>
-      <<<static_cast<unsigned>(query_tiles + ceil_div(num_tiles, kPlacesPerCta)), kPassThreads, 0,
-         stream>>>(a);
-  kernel<<<static_cast<unsigned>(std::min<int64_t>(num_tiles, multiprocessors)), Traits::kThreads,
+  prepare_kernel<Traits><<<static_cast<unsigned>(query_tiles + ceil_div(num_places, kPlacesPerCta)),
+                           kPassThreads, 0, stream>>>(a);
+  kernel<<<static_cast<unsigned>(std::min<int64_t>(num_places, multiprocessors)), Traits::kThreads,
            kSharedBytes, stream>>>(a);
-  finish_kernel<Traits><<<static_cast<unsigned>(query_tiles), kPassThreads, 0, stream>>>(a);
+  const int64_t finish_ctas = query_tiles + (plan.key_splits > 1 ? 2 * key_tiles : 0);
+  finish_kernel<Traits><<<static_cast<unsigned>(finish_ctas), kPassThreads, 0, stream>>>(a);
   return launch_status();
+}
+
+// Tiles by head dim: queries of a step, stages.
+template <typename Element, int kHeadDim>
+const char* choose_backward(const BackwardParams& p, cudaStream_t stream) {
+  return launch_backward<BackwardTraits<Element, kHeadDim, 64, 2>>(p, stream);
 }
 
 }  // namespace jax_flash::attention::sm90

@@ -14,36 +14,45 @@ namespace jax_flash::attention::sm90 {
 inline constexpr int kPassThreads = 256;
 inline constexpr int kPlacesPerCta = kPassThreads / 32;
 
-// Where key tile `index` lies and what it has to do. All lanes of a warp must call it together.
+// All lanes of a warp must call it together.
 template <int kBlockM, int kBlockN>
 __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, int index) {
+  const uint32_t splits = a.plan.key_splits, split = index % splits, tile = index / splits;
   const uint32_t section = a.section, slots = a.plan.key_slots;
-  const uint32_t in_section = index % (section * slots);
-  const uint32_t column = index / (section * slots) * section + in_section % section;
+  const uint32_t in_section = tile % (section * slots);
+  const uint32_t column = tile / (section * slots) * section + in_section % section;
+  const uint32_t slot = in_section / section;
   const uint32_t kv_heads = a.p.kv_heads, heads = a.p.heads, batch_index = column / kv_heads;
   const BatchIndex batch(a.p, batch_index);
-  const Sequence s =
-      find_sequence(a.p, batch, Axis::kKey, kBlockN, static_cast<int>(in_section / section));
+  const Sequence s = find_sequence(a.p, batch, Axis::kKey, kBlockN, static_cast<int>(slot));
   const TileRange range = query_tiles<kBlockM, kBlockN>(s, s.first_row);
-  const int group = static_cast<int>(heads / kv_heads);
+  const int group = static_cast<int>(heads / kv_heads), kv_head = column % kv_heads;
+  const int count = max(range.end - range.begin, 0);
+  const int next = static_cast<int>(int64_t{count} * group * split / splits);
+  const int last = static_cast<int>(int64_t{count} * group * (split + 1) / splits);
   int query_tile = static_cast<int>(batch_index * heads * a.plan.query_slots);
   if (a.p.mask.varlen) query_tile += s.query_start / kBlockM + s.index + 1;
-  const int kv_head = static_cast<int>(column % kv_heads);
+  float* dkv_sum = nullptr;
+  if (splits > 1) {
+    dkv_sum = a.plan.dkv_sum + split * 2 * a.plan.dkv_elements +
+              (int64_t{column} * slots + slot) * a.plan.key_tile_elements;
+  }
   return {.sequence = s,
           .batch = batch,
           .range = range,
           .dq_sum = a.plan.dq_sum,
+          .dkv_sum = dkv_sum,
           .query_tile = query_tile,
           .kv_head = kv_head,
-          .first_head = kv_head * group,
-          .first_tile = range.begin,
-          .num_steps = max(range.end - range.begin, 0) * group,
+          .first_head = kv_head * group + (count > 0 ? next / count : 0),
+          .first_tile = range.begin + (count > 0 ? next % count : 0),
+          .num_steps = last - next,
           .exists = true};
 }
 
-// CTAs [0, query tiles) serve a query tile each, the rest kPlacesPerCta key tiles each. Rows that do
-// not exist or that see no key get lse = +inf, so that their P is 0. delta is divided by the dropout
-// scale, which the main kernel applies to its results instead of to P and dP.
+// CTAs [0, query tiles) serve a query tile each, the rest kPlacesPerCta places each. Rows that do
+// not exist or that see no key get lse = +inf, so that their P is 0. delta is divided by the
+// dropout scale, which the main kernel applies to its results instead of to P and dP.
 template <class Traits>
 __global__ void __launch_bounds__(kPassThreads)
     prepare_kernel(const __grid_constant__ BackwardArguments a) {
@@ -60,9 +69,8 @@ __global__ void __launch_bounds__(kPassThreads)
   if (tile >= query_tiles) {
     const int64_t index = (tile - query_tiles) * kPlacesPerCta + threadIdx.x / 32;
     if (index == 0 && threadIdx.x == 0) *a.next_tile = 0;
-    if (index >= a.num_tiles) return;
-    const KeyTilePlace place =
-        find_place<kBlockM, Traits::kBlockN>(a, static_cast<int>(index));
+    if (index >= a.num_places) return;
+    const KeyTilePlace place = find_place<kBlockM, Traits::kBlockN>(a, static_cast<int>(index));
     if (threadIdx.x % 32 == 0) a.places[index] = place;
     return;
   }
@@ -120,57 +128,46 @@ __global__ void __launch_bounds__(kPassThreads)
   }
 }
 
-// One CTA serves one query tile of one head. A sum lies in blocks of 64 rows x 64 dims (of a query
-// tile, rows first), a block as the accumulators of the warpgroup that made it: [n][thread][4].
-template <class Traits>
-__global__ void __launch_bounds__(kPassThreads)
-    finish_kernel(const __grid_constant__ BackwardArguments a) {
-  using Element = typename Traits::Element;
-  constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
-  constexpr int kDimBlocks = kHeadDim / 64, kBlocks = kBlockM / 64 * kDimBlocks;
-  const BackwardParams& p = a.p;
-  const BackwardPlan& plan = a.plan;
-  const int64_t tile = blockIdx.x;  // [batches, heads, query_slots]
-  const int slot = static_cast<int>(tile % plan.query_slots);
-  const int head = static_cast<int>(tile / plan.query_slots % p.heads);
-  const BatchIndex batch(p, tile / plan.query_slots / p.heads);
-  const Sequence s = find_sequence(p, batch, Axis::kQuery, kBlockM, slot);
-  if (s.slot_is_empty(Axis::kQuery)) return;
-
-  const float scale = p.scale * dropout_scale(p.dropout);
+// Adds up the f32 sums of a tile, scales them and writes them as rows [first_row, rows) of a
+// tensor. A sum lies in blocks of 64 rows x 64 dims, rows first, a block as the accumulators of the
+// warpgroup that made it: [n][thread][4].
+template <typename Element, int kBlockRows, int kHeadDim>
+__device__ __forceinline__ void finish_tile(const float* sums, int64_t buffers,
+                                            int64_t buffer_stride, float scale,
+                                            Element* destination, int64_t row_stride, int rows,
+                                            int cols) {
+  constexpr int kDimBlocks = kHeadDim / 64, kBlocks = kBlockRows / 64 * kDimBlocks;
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad_lane = lane % 4;
 #pragma unroll
-  for (int block = threadIdx.x / 128; block < kBlocks; block += kPassThreads / 128) {
+  for (int first = 0; first < kBlocks; first += kPassThreads / 128) {
+    const int block = first + threadIdx.x / 128;
+    if (kBlocks % (kPassThreads / 128) != 0 && block >= kBlocks) break;
     float4 sum[8] = {};
-    for (int64_t buffer = 0; buffer < plan.dq_buffers; ++buffer) {
-      const float4* source = reinterpret_cast<const float4*>(
-          plan.dq_sum + buffer * plan.dq_elements + (tile * kBlocks + block) * 4096);
+    for (int64_t buffer = 0; buffer < buffers; ++buffer) {
+      const float4* source =
+          reinterpret_cast<const float4*>(sums + buffer * buffer_stride + block * 4096);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const float4 x = source[n * 128 + thread];
         sum[n] = {sum[n].x + x.x, sum[n].y + x.y, sum[n].z + x.z, sum[n].w + x.w};
       }
     }
-    const int first_row = s.first_row + block / kDimBlocks * 64 + thread / 32 * 16 + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // Lane q of a quad holds columns 8 n + 2 q and + 1 of each n; it leaves with columns 8 q to
-      // 8 q + 7, and 32 more.
+      const int row = block / kDimBlocks * 64 + thread / 32 * 16 + lane / 4 + 8 * half;
       uint32_t pairs[8];
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         pairs[n] = half == 0 ? device::pack<Element>(sum[n].x * scale, sum[n].y * scale)
                              : device::pack<Element>(sum[n].z * scale, sum[n].w * scale);
       }
-      const int row = first_row + 8 * half;
-      Element* destination =
-          element_pointer<Element>(p.dq, batch, s.query_start + row, head) + block % kDimBlocks * 64;
+      // Lane q of a quad holds columns 8 n + 2 q and + 1 of each n; it leaves with columns 8 q to
+      // 8 q + 7, and 32 more. In turn t it hands lane q ^ t the pair of that lane's columns.
 #pragma unroll
       for (int group = 0; group < 8; group += 4) {
         uint32_t words[4];
 #pragma unroll
         for (int turn = 0; turn < 4; ++turn) {
-          // In turn t lane q hands chunk q ^ t to lane q ^ t, and so gets its own chunk's part.
           const int chunk = quad_lane ^ turn;
           const uint32_t out = chunk == 0   ? pairs[group]
                                : chunk == 1 ? pairs[group + 1]
@@ -182,12 +179,55 @@ __global__ void __launch_bounds__(kPassThreads)
             if (q == chunk) words[q] = in;
           }
         }
-        const int col = 8 * (group + quad_lane);
-        if (row < s.query_rows && block % kDimBlocks * 64 + col < p.head_dim) {
-          *reinterpret_cast<uint4*>(destination + col) = {words[0], words[1], words[2], words[3]};
+        const int col = block % kDimBlocks * 64 + 8 * (group + quad_lane);
+        if (row < rows && col < cols) {
+          *reinterpret_cast<uint4*>(destination + row * row_stride + col) = {words[0], words[1],
+                                                                             words[2], words[3]};
         }
       }
     }
+  }
+}
+
+// CTAs [0, query tiles) serve a query tile each; with several key splits, CTAs from there on serve
+// dK, then dV, of a key tile each.
+template <class Traits>
+__global__ void __launch_bounds__(kPassThreads)
+    finish_kernel(const __grid_constant__ BackwardArguments a) {
+  using Element = typename Traits::Element;
+  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  constexpr int kHeadDim = Traits::kHeadDim;
+  const BackwardParams& p = a.p;
+  const BackwardPlan& plan = a.plan;
+  const float dropout = dropout_scale(p.dropout);
+  const int64_t query_tiles = plan.batches * p.heads * plan.query_slots;
+  if (blockIdx.x < query_tiles) {
+    const int64_t tile = blockIdx.x;  // [batches, heads, query_slots]
+    const int slot = static_cast<int>(tile % plan.query_slots);
+    const int head = static_cast<int>(tile / plan.query_slots % p.heads);
+    const BatchIndex batch(p, tile / plan.query_slots / p.heads);
+    const Sequence s = find_sequence(p, batch, Axis::kQuery, kBlockM, slot);
+    if (s.slot_is_empty(Axis::kQuery)) return;
+    finish_tile<Element, kBlockM, kHeadDim>(
+        plan.dq_sum + tile * (kBlockM * kHeadDim), plan.dq_buffers, plan.dq_elements,
+        p.scale * dropout, element_pointer<Element>(p.dq, batch, s.query_start + s.first_row, head),
+        p.dq.row_stride, s.query_rows - s.first_row, static_cast<int>(p.head_dim));
+  } else {
+    const int64_t index = blockIdx.x - query_tiles,
+                  tiles = plan.batches * p.kv_heads * plan.key_slots;
+    const bool is_value = index >= tiles;
+    const int64_t tile = index % tiles;  // [batches, kv_heads, key_slots]
+    const int slot = static_cast<int>(tile % plan.key_slots);
+    const int head = static_cast<int>(tile / plan.key_slots % p.kv_heads);
+    const BatchIndex batch(p, tile / plan.key_slots / p.kv_heads);
+    const Sequence s = find_sequence(p, batch, Axis::kKey, kBlockN, slot);
+    if (s.slot_is_empty(Axis::kKey)) return;
+    const Tensor& out = is_value ? p.dv : p.dk;
+    finish_tile<Element, kBlockN, kHeadDim>(
+        plan.dkv_sum + (is_value ? plan.dkv_elements : 0) + tile * plan.key_tile_elements,
+        plan.key_splits, 2 * plan.dkv_elements, is_value ? dropout : p.scale * dropout,
+        element_pointer<Element>(out, batch, s.key_start + s.first_row, head), out.row_stride,
+        s.key_rows - s.first_row, static_cast<int>(is_value ? p.value_dim : p.head_dim));
   }
 }
 
