@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace jax_flash::device {
 
@@ -40,6 +41,14 @@ __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
 template <>
 __device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
+// The products of two pairs, rounded.
+template <typename Element>
+__device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+  using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+  const Pair product = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+  return reinterpret_cast<const uint32_t&>(product);
 }
 
 }  // namespace jax_flash::device

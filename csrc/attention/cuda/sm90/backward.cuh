@@ -196,7 +196,7 @@ __device__ __forceinline__ void add_blocks(typename Traits::Smem& smem, int cons
   ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.
 }
 
-enum class ConsumerBarrier { kBoth = 1, kOwn = 2 };  // kOwn + warpgroup
+enum class ConsumerBarrier { kBoth = 1, kOwn = 2, kTurn = 5 };  // kOwn, kTurn + warpgroup
 
 // Zeroes the rows of a tile from `rows` on: what the copy engine found there belongs to others.
 template <int kThreads, typename Tile>
@@ -271,6 +271,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
   Ring<Traits::kStages> ring;
   Ring<2> ds_ring;
   uint32_t key_phase = 0, dq_phase = 0;
+  if (consumer == 1) ptx::named_barrier_arrive(static_cast<int>(ConsumerBarrier::kTurn), 256);
   for (int t = 0;; ++t) {
     ptx::mbarrier_wait(smem.place_full[t % 2], t / 2 & 1);
     const KeyTilePlace& place = smem.places[t % 2];
@@ -363,11 +364,11 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
               *reinterpret_cast<const float4*>(&smem.delta[stage][16 * j + 4 * quad_lane]);
 #pragma unroll
           for (int word = 0; word < 4; ++word) {
-            const float2 x = device::unpack<Element>(rP[j][word]);
             const float (&dp)[4] = rDP[2 * j + word / 2];
             const float even = word < 2 ? delta.x : delta.z, odd = word < 2 ? delta.y : delta.w;
-            rDS[j][word] = device::pack<Element>(x.x * (dp[word % 2 * 2] - even),
-                                                 x.y * (dp[word % 2 * 2 + 1] - odd));
+            rDS[j][word] = device::multiply<Element>(
+                rP[j][word], device::pack<Element>(dp[word % 2 * 2] - even,
+                                                   dp[word % 2 * 2 + 1] - odd));
           }
           ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
         }
@@ -411,7 +412,9 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         ptx::wgmma_commit();
         ds_ring.advance();
         ptx::wgmma_wait<1>();
+        ptx::named_barrier_sync(static_cast<int>(ConsumerBarrier::kTurn) + consumer, 256);
         exponentiate();
+        ptx::named_barrier_arrive(static_cast<int>(ConsumerBarrier::kTurn) + 1 - consumer, 256);
         ptx::wgmma_wait<0>();
         send_dq(dq_target);
         wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
