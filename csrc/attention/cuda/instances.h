@@ -16,6 +16,11 @@ const char* forward_sm80(const ForwardParams& params, cudaStream_t stream);
 template <typename Element, int kHeadDim>
 const char* backward_sm80(const BackwardParams& params, cudaStream_t stream);
 
+// The same on Hopper (sm_90a), or kNotCovered (architecture.h). The forward's head dims are 64, 96,
+// 128, 192 and 256, or 192 with a kValueDim of 128.
+template <typename Element, int kHeadDim, int kValueDim>
+const char* forward_sm90(const ForwardParams& params, cudaStream_t stream);
+
 // f32 in exact f32 arithmetic; the head dims of the backward.
 template <int kHeadDim>
 const char* forward_f32(const ForwardParams& params, cudaStream_t stream);
