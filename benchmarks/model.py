@@ -35,6 +35,14 @@ from benchmarks.workloads import Workload
 
 COLUMNS = "run,device,date,commit,source,model,attention,version,step_ms,tokens_per_s,spread"
 COLUMNS = (COLUMNS + ",memory_gb,forward_ms,backward_ms,loss").split(",")
+# Of one step under the profiler, milliseconds of device time; empty without --profile.
+KINDS = {
+    "attention forward": "step_forward_ms",
+    "attention backward": "step_backward_ms",
+    "matrix products": "step_products_ms",
+    "the rest": "step_rest_ms",
+}
+COLUMNS += KINDS.values()
 ATTENTION = ("jax_flash", "jax_nn_cudnn")
 
 
@@ -172,19 +180,21 @@ def kind_of(kernel: str) -> str:
         )
     if any(mark in name for mark in ("gemm", "nvjet", "cutlass", "cublas", "matmul")):
         return "matrix products"
-    return "copies" if "memcpy" in name or "memset" in name else "the rest"
+    return "the rest"
 
 
-def print_profile(name: str, times: dict[str, list[float]]) -> None:
-    kinds: collections.Counter = collections.Counter()
+def profile_by_kind(name: str, times: dict[str, list[float]]) -> dict[str, float]:
+    """Prints where a step's device time goes -> milliseconds by kind."""
+    kinds = dict.fromkeys(KINDS, 0.0)
     for kernel, launches in times.items():
-        kinds[kind_of(kernel)] += sum(launches)
+        kinds[kind_of(kernel)] += sum(launches) / 1e6
     print(f"{name}: one step, ms of device time")
-    for kind, nanoseconds in kinds.most_common():
-        print(f"  {nanoseconds / 1e6:9.2f}  {kind}")
+    for kind, milliseconds in kinds.items():
+        print(f"  {milliseconds:9.2f}  {kind}")
     for kernel, launches in sorted(times.items(), key=lambda item: -sum(item[1]))[:12]:
         each = statistics.median(launches) / 1e6
         print(f"    {sum(launches) / 1e6:9.2f} = {len(launches)} x {each:.3f}  {kernel[:100]}")
+    return kinds
 
 
 def parse(argv=None):
@@ -251,6 +261,22 @@ def main(argv=None) -> int:
             if not warm_up:
                 seconds[name].append((time.perf_counter() - start) / args.steps)
 
+    profiles = {}
+    for name in names if args.profile else ():
+        with providers.environment(name):
+            holder = [state]
+
+            def one_step(name=name, holder=holder):
+                holder[0], value = steps[name](holder[0], tokens)
+                return value
+
+            times = kernel_times(one_step)
+            state = holder[0]
+        if times:
+            profiles[name] = profile_by_kind(name, times)
+        else:
+            print(f"{name}: the profiler saw no kernel")
+
     now = datetime.datetime.now(datetime.UTC)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "a", newline="") as file:
@@ -278,6 +304,8 @@ def main(argv=None) -> int:
                 backward_ms=f"{alone[name, 'backward']:.2f}",
                 loss=f"{losses[name]:.4f}",
             )
+            for kind, milliseconds in profiles.get(name, {}).items():
+                row[KINDS[kind]] = f"{milliseconds:.2f}"
             rows.writerow(row)
             rest = median * 1e3 - alone[name, "forward"] - alone[name, "backward"]
             print(
@@ -286,18 +314,6 @@ def main(argv=None) -> int:
                 f"ms, the rest {rest:.2f} ms; spread {row['spread']}, loss {row['loss']}",
                 flush=True,
             )
-    if args.profile:
-        for name in names:
-            with providers.environment(name):
-                holder = [state]
-
-                def one_step(name=name, holder=holder):
-                    holder[0], value = steps[name](holder[0], tokens)
-                    return value
-
-                times = kernel_times(one_step)
-                state = holder[0]
-            print_profile(name, times)
     if missing:
         print(f"not measured: {', '.join(missing)}", file=sys.stderr)
     return 1 if missing or not names else 0

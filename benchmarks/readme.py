@@ -175,19 +175,17 @@ def model(rows: ModelRows) -> str:
     """A training step of a GPT, and where its time goes."""
     lines = []
     for row in rows.latest():
-        step, attention = (
-            float(row["step_ms"]),
-            float(row["forward_ms"]) + float(row["backward_ms"]),
+        cells = [LABELS.get(row["attention"], row["attention"]), f"{float(row['step_ms']):.1f}"]
+        cells += [f"{float(row['tokens_per_s']):.0f}", f"{float(row['memory_gb']):.1f}"]
+        cells.append(
+            " / ".join(f"{float(row[name]):.1f}" for name in ("forward_ms", "backward_ms"))
         )
-        lines.append(
-            [LABELS.get(row["attention"], row["attention"]), f"{step:.1f}"]
-            + [f"{float(row['tokens_per_s']):.0f}", f"{float(row['memory_gb']):.1f}"]
-            + [f"{float(row[name]):.1f}" for name in ("forward_ms", "backward_ms")]
-            + [f"{step - attention:.1f}"]
-        )
-    header = ["attention", "ms a step", "tokens/s", "memory, GB"]
-    header += ["attention forward, ms", "attention backward, ms", "the rest, ms"]
-    return _table(header, lines)
+        inside = [row[f"step_{kind}_ms"] for kind in ("forward", "backward", "products", "rest")]
+        cells += [f"{float(value):.1f}" if value else "" for value in inside]
+        lines.append(cells)
+    header = ["attention", "ms a step", "tokens/s", "memory, GB", "all layers' attention alone"]
+    header += [f"in the step: {kind}" for kind in ("forward", "backward", "products", "rest")]
+    return rows.latest()[0]["model"] + ":\n\n" + _table(header, lines)
 
 
 def options(rows: Rows, groups: Sequence[str]) -> str:

@@ -249,7 +249,10 @@ def _gradients(config: AttentionConfig, tensors, results, cotangents, options):
 
 def _attend_forward(config, tensors, options):
     # Through `_attend` itself, so that the residuals can be differentiated once more.
-    out, lse = _attend(config, tensors, options)
+    # NOTE: the barrier keeps XLA for GPUs from running the kernel twice in a scan over layers: it
+    # moves a custom call into a fusion with the update of the scan's stacked residuals, and leaves
+    # the call where it was as well for the other users of `out` (jax 0.11; openxla/xla#45799).
+    out, lse = jax.lax.optimization_barrier(_attend(config, tensors, options))
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (tensors, (out, lse), options)
 

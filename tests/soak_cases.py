@@ -69,6 +69,7 @@ class Signature:
             "head_dim odd multiple of 8": h % 16 == 8,
             "T != S": self.seq_q != self.seq_k,
             "T = 1": self.seq_q == 1,
+            "long": max(self.seq_q, self.seq_k) > 900,
             "many tiles": self.batch * self.heads * self.seq_q > 30000,
             "gqa": 1 < self.kv_heads < self.heads,
             "mqa": self.kv_heads == 1 < self.heads,
@@ -124,6 +125,9 @@ def draw_signature(rng: np.random.Generator) -> Signature:
         batch, kv_heads, seq_q, seq_k = 7, 5, int(rng.integers(129, 300)), int(rng.integers(30, 80))
         heads, pairs = kv_heads * int(pick((4, 8))), 10_000_000
         head_dim = value_dim = int(pick((64, 128)))
+    elif chance(0.05):  # a ring of stages goes round many times, and tiles are skipped in a row
+        batch, kv_heads, heads, pairs = 1, 1, int(pick((1, 2))), 6_000_000
+        seq_q, seq_k = (int(x) for x in rng.integers(900, 2400, 2))
     packing = "separate"
     if chance(0.15):
         packing, value_dim, seq_k, kv_heads = "qkv", head_dim, seq_q, heads

@@ -458,6 +458,33 @@ def test_scan_over_layers(implementation):
     assert_close(gradient(by_scan, ours), want, 5e-5)
 
 
+@pytest.mark.parametrize("policy", ["none", "named"])
+def test_a_scan_runs_each_kernel_once_a_layer(implementation, policy):
+    """In the compiled program: XLA for GPUs copies a custom call whose result it also stacks."""
+    if implementation == "xla":
+        pytest.skip("no custom call to count")
+    jax.config.update("jax_disable_most_optimizations", False)
+    x, weights = (normal(i, *shape, dtype=jnp.bfloat16) for i, shape in enumerate(_STACK))
+
+    def layer(x, w):
+        y = jax_flash.attention(x, x @ w, x, is_causal=True, implementation=implementation)
+        return x + jnp.sin(y @ w), None
+
+    if policy == "named":
+        names = checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+        layer = jax.checkpoint(layer, policy=names)
+
+    def loss(x, weights):
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, x, weights)[0]), dtype=jnp.float32)
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(x, weights).compile().as_text()
+    for name in ("forward", "backward"):
+        assert text.count(f'custom_call_target="jax_flash.attention_{name}"') == 1
+
+
+_STACK = (2, 256, 4, 64), (3, 64, 64)  # x; a matrix for each of the layers
+
+
 def test_vmap_of_scan_with_a_mapped_carry(implementation):
     """Inside, options that are off become mapped along with what is on."""
     x = normal(0, 3, B, T, N, H)

@@ -39,8 +39,9 @@ class LdmatrixAddress {
   //             operand B from [n][k]
   enum class Order { kRowsFirst, kColsFirst };
 
-  __device__ LdmatrixAddress(const Tile& tile, Order order, int first_row = 0) {
-    const int lane = threadIdx.x % 32, inner = lane / 8 % 2, outer = lane / 16;
+  __device__ LdmatrixAddress(const Tile& tile, Order order, int first_row = 0,
+                             int lane = threadIdx.x % 32) {
+    const int inner = lane / 8 % 2, outer = lane / 16;
     const int row = lane % 8 + 8 * (order == Order::kRowsFirst ? inner : outer);
     const int col = 8 * (order == Order::kRowsFirst ? outer : inner);
     lane_address_ = ptx::shared_address(&tile) + Tile::offset(first_row + row, col);

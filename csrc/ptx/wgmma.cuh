@@ -22,15 +22,28 @@ namespace jax_flash::ptx {
 
 // "Matrix descriptor" of an operand in shared memory. `slab_bytes` is the distance between slabs:
 // it only matters to an MN-major operand of more than 64 columns. Later blocks of the same operand
-// are reached by addition, see kColumns16 and kRows16.
-__device__ __forceinline__ uint64_t matrix_descriptor(const void* slab, uint32_t slab_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kGroupOf8Rows = uint64_t{1024 >> 4} << 32;
-  const uint64_t address = (shared_address(slab) & 0x3ffff) >> 4;
-  return kSwizzle128 | kGroupOf8Rows | uint64_t{slab_bytes >> 4} << 16 | address;
-}
-inline constexpr uint64_t kColumns16 = 16 * 2 >> 4;  // 16 columns on, inside a slab
-inline constexpr uint64_t kRows16 = 16 * 128 >> 4;   // 16 rows on
+// are reached by addition, see kColumns16 and kRows16; a slab on is slab_bytes / 16. NOTE: the high
+// word is constant and kept out of the additions: a descriptor lives in uniform registers, and each
+// instruction there takes the place of one of the softmax.
+class MatrixDescriptor {
+ public:
+  __device__ __forceinline__ MatrixDescriptor(const void* slab, uint32_t slab_bytes)
+      : low_((shared_address(slab) & 0x3ffff) >> 4 | slab_bytes >> 4 << 16) {}
+  __device__ __forceinline__ MatrixDescriptor operator+(uint32_t offset) const {
+    return MatrixDescriptor(low_ + offset);
+  }
+  __device__ __forceinline__ uint64_t bits() const {
+    constexpr uint32_t kSwizzle128 = 1u << 30, kGroupOf8Rows = 1024 >> 4;
+    return uint64_t{kSwizzle128 | kGroupOf8Rows} << 32 | low_;
+  }
+
+ private:
+  __device__ __forceinline__ explicit MatrixDescriptor(uint32_t low) : low_(low) {}
+
+  uint32_t low_;
+};
+inline constexpr uint32_t kColumns16 = 16 * 2 >> 4;  // 16 columns on, inside a slab
+inline constexpr uint32_t kRows16 = 16 * 128 >> 4;   // 16 rows on
 
 // "wgmma.fence": registers and shared memory that this thread wrote may be read by the next wgmma.
 __device__ __forceinline__ void wgmma_fence() {
@@ -95,29 +108,29 @@ __device__ __forceinline__ void wgmma_pin(uint32_t (&a)[kN][4]) {
 
 // One wgmma with A from shared memory (SS) and one with A from registers (RS). `n` columns, `r` = n
 // / 2 accumulator registers; the numbers are those of the operands that follow them.
-#define JAX_FLASH_WGMMA_SS(type, n, r, a_, b_, add_, ta_, tb_)                                  \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add_                                       \
-               ", 0;\n"                                                                         \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type                  \
-               " {" JAX_FLASH_REGISTERS_##r "}, %" #a_ ", %" #b_ ", p, 1, 1, %" #ta_ ", %" #tb_ \
-                                            ";\n}"                                              \
-               : JAX_FLASH_D##n(d)                                                              \
-               : "l"(a), "l"(b), "r"(int{accumulate}), "n"(kTransposeA), "n"(kTransposeB))
-#define JAX_FLASH_WGMMA_RS(type, n, r, a0_, a1_, a2_, a3_, b_, add_, tb_)                  \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add_                                  \
-               ", 0;\n"                                                                    \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type             \
-               " {" JAX_FLASH_REGISTERS_##r "}, {%" #a0_ ", %" #a1_ ", %" #a2_ ", %" #a3_  \
-                                            "}, %" #b_ ", p, 1, 1, %" #tb_ ";\n}"          \
-               : JAX_FLASH_D##n(d)                                                         \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{accumulate}), \
+#define JAX_FLASH_WGMMA_SS(type, n, r, a_, b_, add_, ta_, tb_)                                     \
+  asm volatile(                                                                                    \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #add_                                                   \
+      ", 0;\n"                                                                                     \
+      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" JAX_FLASH_REGISTERS_##r \
+      "}, %" #a_ ", %" #b_ ", p, 1, 1, %" #ta_ ", %" #tb_ ";\n}"                                   \
+      : JAX_FLASH_D##n(d)                                                                          \
+      : "l"(a.bits()), "l"(b.bits()), "r"(int{accumulate}), "n"(kTransposeA), "n"(kTransposeB))
+#define JAX_FLASH_WGMMA_RS(type, n, r, a0_, a1_, a2_, a3_, b_, add_, tb_)                         \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add_                                         \
+               ", 0;\n"                                                                           \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type                    \
+               " {" JAX_FLASH_REGISTERS_##r "}, {%" #a0_ ", %" #a1_ ", %" #a2_ ", %" #a3_         \
+                                            "}, %" #b_ ", p, 1, 1, %" #tb_ ";\n}"                 \
+               : JAX_FLASH_D##n(d)                                                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(int{accumulate}), \
                  "n"(kTransposeB))
 
 // "wgmma.mma_async": D (+)= A B, both in shared memory. kTransposeA, kTransposeB: that operand is
 // MN-major. Without `accumulate` D is overwritten.
 template <typename Element, bool kTransposeA, bool kTransposeB, int kFragments>
-__device__ __forceinline__ void wgmma(float (&d)[kFragments][4], uint64_t a, uint64_t b,
-                                      bool accumulate) {
+__device__ __forceinline__ void wgmma(float (&d)[kFragments][4], MatrixDescriptor a,
+                                      MatrixDescriptor b, bool accumulate) {
   constexpr int kN = 8 * kFragments;
   constexpr bool kIsBf16 = std::is_same_v<Element, __nv_bfloat16>;
   static_assert(kN == 64 || kN == 80 || kN == 96 || kN == 128 || kN == 192 || kN == 256);
@@ -150,8 +163,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kFragments][4], uint64_t a, uin
 
 // The same with A in registers; they must not change until the wait.
 template <typename Element, bool kTransposeB, int kFragments>
-__device__ __forceinline__ void wgmma(float (&d)[kFragments][4], const uint32_t (&a)[4], uint64_t b,
-                                      bool accumulate) {
+__device__ __forceinline__ void wgmma(float (&d)[kFragments][4], const uint32_t (&a)[4],
+                                      MatrixDescriptor b, bool accumulate) {
   constexpr int kN = 8 * kFragments;
   constexpr bool kIsBf16 = std::is_same_v<Element, __nv_bfloat16>;
   static_assert(kN == 64 || kN == 80 || kN == 96 || kN == 128 || kN == 192 || kN == 256);

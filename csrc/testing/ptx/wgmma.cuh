@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wgmma_kernel(const WgmmaP
 #pragma unroll
     for (int e = 0; e < 4; ++e) rD[n][e] = p.c[(row + e / 2 * 8) * kN + 8 * n + pair + e % 2];
   }
-  const uint64_t a = ptx::matrix_descriptor(&shared.a, A::kSlabBytes) +
-                     warpgroup * (Traits::kTransposeA ? A::kSlabBytes >> 4 : 4 * ptx::kRows16);
-  const uint64_t b = ptx::matrix_descriptor(&shared.b, B::kSlabBytes);
+  const auto a = ptx::MatrixDescriptor(&shared.a, A::kSlabBytes) +
+                 warpgroup * (Traits::kTransposeA ? A::kSlabBytes >> 4 : 4 * ptx::kRows16);
+  const ptx::MatrixDescriptor b(&shared.b, B::kSlabBytes);
 
   for (int depth = 0; depth < p.depth; depth += kK) {
     // Fill the operands
@@ -93,13 +93,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wgmma_kernel(const WgmmaP
 #pragma unroll
     for (int k = 0; k < kK; k += 16) {
       const bool accumulate = p.accumulate || depth > 0 || k > 0;
-      const uint64_t columns = k % 64 / 16 * ptx::kColumns16, rows = k / 16 * ptx::kRows16;
-      const uint64_t block_b =
+      const uint32_t columns = k % 64 / 16 * ptx::kColumns16, rows = k / 16 * ptx::kRows16;
+      const auto block_b =
           b + (Traits::kTransposeB ? rows : columns + k / 64 * (B::kSlabBytes >> 4));
       if constexpr (Traits::kRegisterA) {
         ptx::wgmma<Element, Traits::kTransposeB>(rD, rA[k / 16], block_b, accumulate);
       } else {
-        const uint64_t block_a =
+        const auto block_a =
             a + (Traits::kTransposeA ? rows : columns + k / 64 * (A::kSlabBytes >> 4));
         ptx::wgmma<Element, Traits::kTransposeA, Traits::kTransposeB>(rD, block_a, block_b,
                                                                       accumulate);

@@ -74,10 +74,11 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream) {
   return launch_status();
 }
 
-// Tiles by head dim: queries of a step, stages.
+// A step has 64 queries, or 128 where the accumulators leave registers for that.
 template <typename Element, int kHeadDim>
 const char* choose_backward(const BackwardParams& p, cudaStream_t stream) {
-  return launch_backward<BackwardTraits<Element, kHeadDim, 64, 2>>(p, stream);
+  return launch_backward<BackwardTraits<Element, kHeadDim, kHeadDim == 64 ? 128 : 64, 2>>(p,
+                                                                                          stream);
 }
 
 }  // namespace jax_flash::attention::sm90

@@ -1,0 +1,8 @@
+#include "attention/cuda/sm90/forward_launch.cuh"
+
+namespace jax_flash::attention {
+
+template const char* forward_sm90<__half, 192, 128>(const ForwardParams&, cudaStream_t);
+template const char* forward_sm90<__half, 192, 192>(const ForwardParams&, cudaStream_t);
+
+}  // namespace jax_flash::attention

@@ -1,0 +1,7 @@
+#include "attention/cuda/sm90/forward_launch.cuh"
+
+namespace jax_flash::attention {
+
+template const char* forward_sm90<__half, 256, 256>(const ForwardParams&, cudaStream_t);
+
+}  // namespace jax_flash::attention

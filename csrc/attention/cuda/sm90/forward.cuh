@@ -1,0 +1,404 @@
+// The forward kernel on Hopper (sm_90a), for bf16 and fp16:
+//   S = Q K^T,   P = 2^(scale_log2 S - m),   O = dropout(P) V / sum P,   lse = log sum exp
+// One persistent CTA an SM. Of the first warpgroup one warp finds jobs (a tile of queries of one
+// head) and one copies their Q, K and V by TMA (forward_producer.cuh); each of the others owns 64
+// rows of the tile. The keys of job after job are one stream of steps, so that the first S of a job
+// is multiplied under the last P V of the one before. The schedule, with pictures:
+// docs/kernels/hopper_forward.md.
+#pragma once
+
+#include "attention/cuda/mask.cuh"
+#include "attention/cuda/sm90/forward_producer.cuh"
+#include "attention/cuda/sm90/softmax.cuh"
+#include "device/element.cuh"
+#include "device/opaque.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace jax_flash::attention::sm90 {
+
+// One warpgroup of 64 rows. Everything but the references is in registers.
+template <typename Traits>
+class ForwardConsumer {
+ public:
+  using Element = typename Traits::Element;
+  using Job = typename Traits::Job;
+  using QueryTile = typename Traits::QueryTile;
+  using KeyTile = typename Traits::KeyTile;
+  using ValueTile = typename Traits::ValueTile;
+
+  __device__ ForwardConsumer(typename Traits::Smem& smem, const ForwardArguments& a, int warpgroup)
+      : smem_(smem), a_(a), warpgroup_(warpgroup) {}
+
+  __device__ __forceinline__ void run() {
+    if (Traits::kPingPong && warpgroup_ == Traits::kConsumers - 1) give_turn();
+    Step step = Step::end();  // the one whose P waits for its V
+    for (;;) {
+      steps_ = device::uniform(steps_);
+      wait_key();
+      if (step.is_before_plain()) {
+        step = overlap<true>(step, Step::end());
+        continue;
+      }
+      const Step next(device::uniform(smem_.step[Key(steps_).stage]));
+      const bool is_seen = !next.is_end() && sees(next);
+      if (!step.is_end() && is_seen && (Traits::kFlattened || !next.is_first())) {
+        step = overlap<false>(step, next);
+        continue;
+      }
+      if (!step.is_end()) multiply_value(step);
+      step = Step::end();
+      if (next.is_end()) break;
+      if (is_seen) {
+        multiply_query(next);
+        step = next;
+      } else {
+        skip(next);
+      }
+    }
+  }
+
+ private:
+  using Query = Place<Traits::kQueryStages>;
+  using Key = Place<Traits::kKeyStages>;
+  using Value = Place<Traits::kValueStages>;
+
+  // Does this warpgroup see anything of the tile?
+  __device__ bool sees(Step next) const {
+    if (next.is_full()) return true;
+    const Job& job = job_of(job_ + next.is_first());
+    return sees_anything<64, Traits::kBlockN>(job.s, job.blocks, job.s.first_row + 64 * warpgroup_,
+                                              next.tile() * Traits::kBlockN);
+  }
+  __device__ const Job& job_of(uint32_t job) const { return smem_.job[job % Traits::kJobs]; }
+  // This lane, and its warp's first row in the tile. NOTE: opaque, so that what rare branches make
+  // of them is not computed ahead of the loop, and then spilled.
+  __device__ int lane() const { return static_cast<int>(device::opaque(threadIdx.x) % 32); }
+  __device__ int first_row() const {
+    return 64 * warpgroup_ + static_cast<int>(device::opaque(threadIdx.x) % 128 / 32 * 16);
+  }
+
+  // S of the next step under O += P V of this one, then P of the next; returns it. kIsPlain: the
+  // next tile is full and of the same job, and `next` still to be read.
+  template <bool kIsPlain>
+  __device__ __forceinline__ Step overlap(Step step, Step next) {
+    if (!kIsPlain && next.is_first()) load_query();
+    take_turn();
+    issue_scores(kIsPlain ? job_ : job_ + next.is_first());
+    if (kIsPlain) next = Step(device::uniform(smem_.step[Key(steps_).stage]));
+    issue_value();
+    give_turn();
+    ptx::wgmma_wait<1>();  // S
+    ptx::wgmma_pin(rS_[0]);
+
+    const RowSoftmax<Element> finished = softmax_;
+    const uint32_t job = job_;
+    if (!kIsPlain) begin(next);
+    to_probabilities<kIsPlain>(next);
+    release_operands(next);
+    ptx::wgmma_wait<0>();  // O
+    ptx::wgmma_pin(rO_);
+    ptx::wgmma_pin(rP_);
+    release_value();
+    ++steps_;
+    pack_probabilities();
+    if (!kIsPlain && step.is_last()) {
+      finish(job, finished);
+    } else if (kIsPlain || !next.is_first()) {
+      is_fresh_ = false;
+    }
+    return next;
+  }
+
+  // O += P V with nothing beside it.
+  __device__ __forceinline__ void multiply_value(Step step) {
+    issue_value();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(rO_);
+    ptx::wgmma_pin(rP_);
+    release_value();
+    is_fresh_ = false;
+    if (step.is_last()) finish(job_, softmax_);
+  }
+
+  // S and P of a step with nothing beside it.
+  __device__ __forceinline__ void multiply_query(Step next) {
+    if (next.is_first()) load_query();
+    take_turn();
+    issue_scores(job_ + next.is_first());
+    give_turn();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(rS_[0]);
+    begin(next);
+    to_probabilities<false>(next);
+    release_operands(next);
+    ++steps_;
+    pack_probabilities();
+  }
+
+  // A tile that only other warpgroups see.
+  __device__ __forceinline__ void skip(Step next) {
+    if (next.is_first()) load_query();
+    take_turn();
+    give_turn();
+    begin(next);
+    release_operands(next);
+    ++steps_;
+    const Value value(steps_ - 1);
+    ptx::mbarrier_wait(smem_.v_full[value.stage], value.parity);  // no phase may be missed
+    release_value();
+    if (next.is_last()) finish(job_, softmax_);
+  }
+
+  __device__ __forceinline__ void begin(Step next) {
+    if (next.is_first()) {
+      ++job_;
+      softmax_.reset();
+      is_fresh_ = true;
+    }
+  }
+  // P of the step is there (or not wanted).
+  __device__ __forceinline__ void release_operands(Step next) {
+    release(smem_.k_empty[Key(steps_).stage]);
+    // A Q in shared memory is free after the last product with it.
+    if (!Traits::kQueryInRegisters && next.is_last()) {
+      release(smem_.q_empty[Query(job_).stage]);
+    }
+  }
+  __device__ __forceinline__ void wait_key() {
+    const Key place(steps_);
+    ptx::mbarrier_wait(smem_.k_full[place.stage], place.parity);
+  }
+
+  __device__ __forceinline__ void load_query() {
+    const Query place(job_ + 1);
+    ptx::mbarrier_wait(smem_.q_full[place.stage], place.parity);
+    if constexpr (Traits::kQueryInRegisters) {
+      using Address = device::LdmatrixAddress<QueryTile>;
+      const Address address(smem_.query[place.stage], Address::Order::kRowsFirst, first_row(),
+                            lane());
+#pragma unroll
+      for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
+        ptx::ldmatrix_x4(rQ_[k], address(0, 16 * k));
+      }
+      release(smem_.q_empty[place.stage]);
+    }
+  }
+
+  // S = Q K^T, with the Q of job `job`
+  __device__ __forceinline__ void issue_scores(uint32_t job) {
+    const ptx::MatrixDescriptor key(&smem_.key[Key(steps_).stage], KeyTile::kSlabBytes);
+    const auto* query_rows = reinterpret_cast<const char*>(&smem_.query[Query(job).stage]) +
+                             warpgroup_ * 64 * QueryTile::kRowBytes;
+    const ptx::MatrixDescriptor query(query_rows, QueryTile::kSlabBytes);
+    ptx::wgmma_pin(rS_[0]);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
+      const auto key_k = key + k / 4 * (KeyTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16;
+      if constexpr (Traits::kQueryInRegisters) {
+        ptx::wgmma<Element, false>(rS_[0], rQ_[k], key_k, k > 0);
+      } else {
+        ptx::wgmma<Element, false, false>(
+            rS_[0], query + k / 4 * (QueryTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16, key_k,
+            k > 0);
+      }
+    }
+    ptx::wgmma_commit();
+  }
+
+  // O += P V of the step before, or O = P V for the first tile of a job
+  __device__ __forceinline__ void issue_value() {
+    const Value place(steps_ - 1);
+    ptx::mbarrier_wait(smem_.v_full[place.stage], place.parity);
+    const ptx::MatrixDescriptor value(&smem_.value[place.stage], ValueTile::kSlabBytes);
+    ptx::wgmma_pin(rO_);
+    ptx::wgmma_pin(rP_);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Traits::kBlockN / 16; ++k) {
+      ptx::wgmma<Element, true>(rO_, rP_[k], value + k * ptx::kRows16, k > 0 || !is_fresh_);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // S -> P; rescales O where a reference moves. The product that may still add to O belongs to the
+  // old reference, so that it must be waited for; but then references move rarely.
+  template <bool kIsFull>
+  __device__ __forceinline__ void to_probabilities(Step next) {
+    const int col = next.tile() * Traits::kBlockN;
+    if (!kIsFull && !next.is_full()) {
+      const Job& job = job_of(job_);
+      mask_scores(rS_, job.s, job.blocks, job.s.first_row + first_row(), col);
+    }
+    float alpha[2];
+    if (!kIsFull) {
+      const bool moved = softmax_.template update<false>(rS_[0], a_.scale_log2, alpha);
+      if (moved && !next.is_first()) rescale(alpha);
+    } else if (!softmax_.try_update(rS_[0], a_.scale_log2)) {
+      multiply_query_again();
+      softmax_.template update<true>(rS_[0], a_.scale_log2, alpha);
+      rescale(alpha);
+    }
+    if constexpr (Traits::kHasDropout) {
+      const Job& job = job_of(job_);
+#pragma unroll
+      for (int n = 0; n < Traits::kBlockN; n += 16) {
+        job.dropout.apply(rS_[0][n / 8], rS_[0][n / 8 + 1], job.s.first_row + first_row(), col + n);
+      }
+    }
+  }
+
+  // S of this warp's 16 rows once more, on mma.sync, which needs no other warp: the exponentials
+  // have overwritten it. Rare.
+  __device__ __forceinline__ void multiply_query_again() {
+    using QueryAddress = device::LdmatrixAddress<QueryTile>;
+    using KeyAddress = device::LdmatrixAddress<KeyTile>;
+    const QueryAddress query(smem_.query[Query(device::opaque(job_)).stage],
+                             QueryAddress::Order::kRowsFirst, first_row(), lane());
+    const KeyAddress key(smem_.key[Key(device::opaque(steps_)).stage],
+                         KeyAddress::Order::kColsFirst, 0, lane());
+#pragma unroll
+    for (int n = 0; n < Traits::kFragmentsN; ++n) {
+      rS_[0][n][0] = rS_[0][n][1] = rS_[0][n][2] = rS_[0][n][3] = 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
+      uint32_t (&rQ)[4] = rQ_[Traits::kQueryInRegisters ? k : 0];
+      if (!Traits::kQueryInRegisters) ptx::ldmatrix_x4(rQ, query(0, 16 * k));
+#pragma unroll
+      for (int n = 0; n < Traits::kFragmentsN; n += 2) {
+        uint32_t rK[4];
+        ptx::ldmatrix_x4(rK, key(8 * n, 16 * k));
+        ptx::mma_16x8x16<Element>(rS_[0][n], rQ, rK[0], rK[1]);
+        ptx::mma_16x8x16<Element>(rS_[0][n + 1], rQ, rK[2], rK[3]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void pack_probabilities() {
+#pragma unroll
+    for (int k = 0; k < Traits::kBlockN / 16; ++k) {
+      device::pack_operand<Element>(rP_[k], rS_[0][2 * k], rS_[0][2 * k + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(rO_);
+#pragma unroll
+    for (int d = 0; d < Traits::kFragmentsV; ++d) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rO_[d][e] *= alpha[e / 2];
+    }
+  }
+
+  // Normalises O, writes it and lse. Neighbouring lanes exchange words, so that the quad of a row
+  // writes whole sectors of 32 bytes.
+  __device__ __forceinline__ void finish(uint32_t job_idx, RowSoftmax<Element> softmax) {
+    const Job& job = job_of(job_idx);
+    const int lane = this->lane(), q = lane % 4;
+    const bool is_odd = q % 2 != 0;
+    softmax.finish();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = job.s.first_row + first_row() + 8 * half + lane / 4;
+      const bool takes_part = row < job.s.query_length, is_written = row < job.s.query_rows;
+      float factor = takes_part ? softmax.normalizer(half) : 0.0f;
+      if (Traits::kHasDropout) factor *= dropout_scale(a_.p.dropout);
+      if (q == 0 && is_written) job.lse[row] = takes_part ? softmax.lse(half) : -INFINITY;
+      if (factor == 0.0f) {  // 0 times a NaN of V, or of what was never written, is no zero
+#pragma unroll
+        for (int d = 0; d < Traits::kFragmentsV; ++d)
+          rO_[d][2 * half] = rO_[d][2 * half + 1] = 0.0f;
+      }
+      Element* gO = job.o + row * a_.p.o.row_stride + (is_odd ? 2 * q + 6 : 2 * q);
+      const int end = static_cast<int>(a_.p.value_dim) - (is_odd ? 8 : 0);
+#pragma unroll
+      for (int d = 0; d < Traits::kFragmentsV; d += 2) {
+        const uint32_t left = pack_output(d, half, factor),
+                       right = pack_output(d + 1, half, factor);
+        const uint32_t other = __shfl_xor_sync(device::kWarp, is_odd ? left : right, 1);
+        if (is_written && 8 * d < end) {
+          *reinterpret_cast<uint2*>(gO + 8 * d) =
+              is_odd ? make_uint2(other, right) : make_uint2(left, other);
+        }
+      }
+    }
+    release(smem_.job_empty[job_idx % Traits::kJobs]);
+  }
+  __device__ __forceinline__ uint32_t pack_output(int d, int half, float factor) const {
+    return device::pack<Element>(rO_[d][2 * half] * factor, rO_[d][2 * half + 1] * factor);
+  }
+
+  // One arrival a warp, once all of its lanes are through.
+  __device__ __forceinline__ void release(ptx::Mbarrier& barrier) {
+    __syncwarp();
+    if (lane() == 0) ptx::mbarrier_arrive(barrier);
+  }
+  __device__ __forceinline__ void release_value() {
+    release(smem_.v_empty[Value(steps_ - 1).stage]);
+  }
+  // The warpgroups issue their products in turn, so that one's softmax runs under another's
+  // products.
+  __device__ __forceinline__ void take_turn() {
+    if (Traits::kPingPong) ptx::named_barrier_sync(1 + warpgroup_, 256);
+  }
+  __device__ __forceinline__ void give_turn() {
+    if (Traits::kPingPong) {
+      ptx::named_barrier_arrive(1 + (warpgroup_ + 1) % Traits::kConsumers, 256);
+    }
+  }
+
+  typename Traits::Smem& smem_;
+  const ForwardArguments& a_;
+  const int warpgroup_;
+  uint32_t steps_ = 0;    // K consumed so far
+  uint32_t job_ = ~0u;    // jobs begun so far, less one
+  bool is_fresh_ = true;  // nothing was added to O yet
+  RowSoftmax<Element> softmax_;
+  float rS_[1][Traits::kFragmentsN][4], rO_[Traits::kFragmentsV][4];
+  uint32_t rP_[Traits::kBlockN / 16][4];
+  uint32_t rQ_[Traits::kQueryInRegisters ? Traits::kHeadDim / 16 : 1][4];
+};
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    forward_kernel(const __grid_constant__ ForwardArguments a) {
+  extern __shared__ __align__(1024) char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
+  constexpr int kWarps = 4 * Traits::kConsumers;  // that release what they have used
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Traits::kJobs; ++i) {
+      ptx::mbarrier_init(smem.job_full[i], 1);
+      ptx::mbarrier_init(smem.job_empty[i], kWarps);
+    }
+    for (int i = 0; i < Traits::kQueryStages; ++i) {
+      ptx::mbarrier_init(smem.q_full[i], 1);
+      ptx::mbarrier_init(smem.q_empty[i], kWarps);
+    }
+    for (int i = 0; i < Traits::kKeyStages; ++i) {
+      ptx::mbarrier_init(smem.k_full[i], 1);
+      ptx::mbarrier_init(smem.k_empty[i], kWarps);
+    }
+    for (int i = 0; i < Traits::kValueStages; ++i) {
+      ptx::mbarrier_init(smem.v_full[i], 1);
+      ptx::mbarrier_init(smem.v_empty[i], kWarps);
+    }
+    ptx::mbarrier_init(smem.ragged, 1);
+    ptx::fence_barrier_init();
+  }
+  __syncthreads();  // the barriers are there
+
+  // NOTE: the compiler must know that the role is the same for a whole warp.
+  const int warp = __shfl_sync(device::kWarp, threadIdx.x / 32, 0);
+  if (warp < 4) {
+    ptx::give_registers<Traits::kProducerRegisters>();
+    if (warp == 0) ForwardLoader<Traits>(smem, a).run();
+    if (warp == 1) schedule_jobs<Traits>(smem, a);
+  } else {
+    ptx::take_registers<Traits::kConsumerRegisters>();
+    ForwardConsumer<Traits>(smem, a, warp / 4 - 1).run();
+  }
+}
+
+}  // namespace jax_flash::attention::sm90

@@ -1,0 +1,110 @@
+// The launch of the Hopper forward kernel.
+#pragma once
+
+#include "attention/cuda/architecture.h"
+#include "attention/cuda/sm90/forward.cuh"
+
+namespace jax_flash::attention::sm90 {
+
+// Are the tiles of different cost? Then CTAs take the next one when they are done with the last.
+inline bool has_uneven_tiles(const Problem& p) {
+  const MaskParams& mask = p.mask;
+  return mask.window_right < p.seq_k || mask.window_left < p.seq_k || mask.varlen ||
+         mask.query_lengths.data != nullptr || mask.key_lengths.data != nullptr ||
+         mask.block_mask.data != nullptr;
+}
+
+template <typename Traits>
+const char* launch_forward(const ForwardParams& p, cudaStream_t stream) {
+  if (!(p.scale > 0.0f)) return kNotCovered;  // the softmax takes its maximum over S
+  ForwardArguments a{.p = p,
+                     .schedule = forward_schedule(p, Traits::kBlockM, 2),
+                     .num_tiles = 0,
+                     .counter = -1,
+                     .scale_log2 = p.scale * 1.44269504088896341f};
+  if (!make_operand_map(p, p.q, p.seq_q, p.heads, p.head_dim, Traits::kBlockM, a.q) ||
+      !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, Traits::kBlockN, a.k) ||
+      !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, Traits::kBlockN, a.v)) {
+    return kNotCovered;
+  }
+  const int64_t tiles = a.schedule.num_ctas(p);
+  if (tiles > INT32_MAX) return "jax_flash: query: too many tiles for one launch";
+  a.num_tiles = static_cast<uint32_t>(tiles);
+  int device = 0, multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  constexpr int kSmemBytes = sizeof(typename Traits::Smem);
+  const auto kernel = forward_kernel<Traits>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes) !=
+      cudaSuccess) {
+    return launch_status();
+  }
+  if (has_uneven_tiles(p)) a.counter = take_tile_counter(stream);
+  const auto ctas = static_cast<uint32_t>(std::min<int64_t>(tiles, multiprocessors));
+  kernel<<<ctas, Traits::kThreads, kSmemBytes, stream>>>(a);
+  return launch_status();
+}
+
+// Tiles by head dims: warpgroups of 64 queries, keys a step, stages of K and of V, Q in registers,
+// stages of Q, turns. docs/kernels/hopper_forward.md has the arithmetic and the measurements. Where
+// random bits are drawn, they need the registers that are changed here.
+template <int kHeadDim, int kValueDim, bool kHasDropout>
+struct ForwardForm;
+template <bool kHasDropout>
+struct ForwardForm<64, 64, kHasDropout> {
+  using Tiles = ForwardTiles<64, 64, kHasDropout ? 2 : 3, 128, 4, 4, false, 2, true>;
+};
+template <bool kHasDropout>
+struct ForwardForm<96, 96, kHasDropout> {
+  using Tiles = ForwardTiles<96, 96, 2, 128, 2, 2, true, 1, true>;
+};
+template <bool kHasDropout>
+struct ForwardForm<128, 128, kHasDropout> {
+  using Tiles = ForwardTiles<128, 128, 2, 128, 2, 2, !kHasDropout, kHasDropout ? 2 : 1, true>;
+};
+template <bool kHasDropout>
+struct ForwardForm<192, 128, kHasDropout> {
+  using Tiles = ForwardTiles<192, 128, 2, 128, 2, 2, false, 1, true>;
+};
+template <bool kHasDropout>
+struct ForwardForm<192, 192, kHasDropout> {
+  using Tiles = ForwardTiles<192, 192, 2, kHasDropout ? 64 : 96, 2, 2, false, 1, true>;
+};
+template <bool kHasDropout>
+struct ForwardForm<256, 256, kHasDropout> {
+  using Tiles = ForwardTiles<256, 256, 2, 64, 2, 2, false, 1, true>;
+};
+
+// Short sequences at head dim 64: tiles of 192 queries would hang over their ends, and a job is a
+// few steps. H200, 16384 tokens, over cuDNN at T = 512, 1024, 2048: 192 x 128
+// full 1.01, 1.02, 1.15, causal 0.71, 0.80, 0.96; 256 x 64 full 1.08, 1.05, 1.05; 128 x 128 causal
+// 0.83, 0.86, 0.92.
+inline constexpr int64_t kShort = 1024;
+using ShortFullTiles = ForwardTiles<64, 64, 4, 64, 4, 4, false, 2, true>;
+using ShortCausalTiles = ForwardTiles<64, 64, 2, 128, 4, 4, true, 1, true>;
+
+}  // namespace jax_flash::attention::sm90
+
+namespace jax_flash::attention {
+
+template <typename Element, int kHeadDim, int kValueDim>
+const char* forward_sm90(const ForwardParams& p, cudaStream_t stream) {
+  using namespace sm90;
+  if (p.dropout.threshold > 0) {
+    using Tiles = typename ForwardForm<kHeadDim, kValueDim, true>::Tiles;
+    return launch_forward<ForwardTraits<Element, Tiles, true>>(p, stream);
+  }
+  if constexpr (kHeadDim == 64) {
+    const int64_t rows = p.mask.varlen ? p.seq_q / std::max<int64_t>(p.num_sequences, 1) : p.seq_q;
+    if (rows <= kShort && has_uneven_tiles(p)) {
+      return launch_forward<ForwardTraits<Element, ShortCausalTiles, false>>(p, stream);
+    }
+    if (rows <= kShort) {
+      return launch_forward<ForwardTraits<Element, ShortFullTiles, false>>(p, stream);
+    }
+  }
+  using Tiles = typename ForwardForm<kHeadDim, kValueDim, false>::Tiles;
+  return launch_forward<ForwardTraits<Element, Tiles, false>>(p, stream);
+}
+
+}  // namespace jax_flash::attention

@@ -1,0 +1,112 @@
+// Shapes, shared memory and messages of the Hopper forward kernel (forward.cuh).
+#pragma once
+
+#include "attention/cuda/blocks.cuh"
+#include "attention/cuda/dropout.cuh"
+#include "attention/cuda/instances.h"
+#include "attention/cuda/scheduler.cuh"
+#include "attention/cuda/sm90/operand_map.h"
+#include "attention/cuda/sm90/pipeline.cuh"
+#include "attention/cuda/sm90/tile_counter.cuh"
+#include "device/shared_tile.cuh"
+
+namespace jax_flash::attention::sm90 {
+
+// A tile of keys on its way from the loader to the consumers, in one word.
+class Step {
+ public:
+  __device__ explicit Step(int code) : code_(code) {}
+  __device__ Step(TileStep step, bool is_first, TileStep next)
+      : code_(step.tile() * 16 + (!next.is_end() && next.is_full() ? 8 : 0) + (is_first ? 4 : 0) +
+              (next.is_end() ? 2 : 0) + (step.is_full() ? 1 : 0)) {}
+  __device__ static Step end() { return Step(kEnd); }
+  __device__ bool is_end() const { return code_ == kEnd; }
+  __device__ int tile() const { return code_ >> 4; }
+  __device__ bool is_first() const { return (code_ & 4) != 0; }  // of its job
+  __device__ bool is_last() const { return (code_ & 2) != 0; }
+  __device__ bool is_full() const { return (code_ & 1) != 0; }  // needs no element mask
+  // Is the next step full and of the same job?
+  __device__ bool is_before_plain() const { return (code_ & 8) != 0; }
+  __device__ int code() const { return code_; }
+
+ private:
+  static constexpr int kEnd = -16;
+
+  int code_;
+};
+
+// What the instance files choose.
+template <int kHeadDim_, int kValueDim_, int kConsumers_, int kBlockN_, int kKeyStages_,
+          int kValueStages_, bool kQueryInRegisters_, int kQueryStages_, bool kPingPong_>
+struct ForwardTiles {
+  static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
+  static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 queries
+  static constexpr int kBlockN = kBlockN_;
+  static constexpr int kKeyStages = kKeyStages_, kValueStages = kValueStages_;
+  static constexpr bool kQueryInRegisters = kQueryInRegisters_;
+  static constexpr int kQueryStages = kQueryStages_;  // Q in shared memory
+  static constexpr bool kPingPong = kPingPong_;
+};
+
+template <typename Element_, typename Tiles, bool kHasDropout_>
+struct ForwardTraits : Tiles {
+  using Element = Element_;
+  static constexpr bool kHasDropout = kHasDropout_;
+  static constexpr int kBlockM = 64 * Tiles::kConsumers;
+  static constexpr int kThreads = 128 * (Tiles::kConsumers + 1);
+  // The first S of a job may run under the last P V of the one before where two Q are there at a
+  // time: one in registers and one in shared memory, or two in shared memory.
+  static constexpr bool kFlattened = Tiles::kQueryInRegisters || Tiles::kQueryStages > 1;
+  // Registers. The pool is what the threads have at launch: 65536 / kThreads each, rounded down to
+  // a multiple of 8.
+  static constexpr int kProducerRegisters = Tiles::kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = Tiles::kConsumers == 2   ? 232
+                                            : Tiles::kConsumers == 3 ? 160
+                                                                     : 112;
+  static_assert(2 <= Tiles::kConsumers && Tiles::kConsumers <= 4);
+  static constexpr int kJobs = 4;  // the scheduler's lead
+
+  static constexpr int kFragmentsN = Tiles::kBlockN / 8, kFragmentsV = Tiles::kValueDim / 8;
+  using QueryTile = device::SharedTile<kBlockM, (Tiles::kHeadDim + 63) / 64 * 64>;
+  using KeyTile = device::SharedTile<Tiles::kBlockN, (Tiles::kHeadDim + 63) / 64 * 64>;
+  using ValueTile = device::SharedTile<Tiles::kBlockN, (Tiles::kValueDim + 63) / 64 * 64>;
+  using Walk = TileWalk<kBlockM, Tiles::kBlockN, Axis::kQuery, -1>;
+
+  // A tile of queries of one head. In shared memory, because the main loop rarely looks at it.
+  struct Job {
+    Sequence s;
+    TileRange range;
+    BlockMask blocks;
+    Dropout dropout;
+    Element* o;  // row 0 of the sequence, this head
+    float* lse;
+    int head, kv_head;
+    int query_batch, key_batch, value_batch;  // coordinates of the tensor maps
+    bool is_end;                              // no job: the last message
+  };
+  struct Smem {
+    QueryTile query[Tiles::kQueryStages];
+    KeyTile key[Tiles::kKeyStages];
+    ValueTile value[Tiles::kValueStages];
+    Job job[kJobs];
+    typename Walk::Window window[2];  // of the scheduler, of the loader
+    int step[Tiles::kKeyStages];      // Step::code of what key[] holds
+    ptx::Mbarrier job_full[kJobs], job_empty[kJobs];
+    ptx::Mbarrier q_full[Tiles::kQueryStages], q_empty[Tiles::kQueryStages];
+    ptx::Mbarrier k_full[Tiles::kKeyStages], k_empty[Tiles::kKeyStages];
+    ptx::Mbarrier v_full[Tiles::kValueStages], v_empty[Tiles::kValueStages];
+    ptx::Mbarrier ragged;  // a V whose last rows the loader still has to clear
+  };
+  static_assert(sizeof(Smem) <= 227 * 1024);
+};
+
+struct ForwardArguments {
+  ForwardParams p;
+  Schedule schedule;
+  uint32_t num_tiles;
+  int counter;  // of tile_counter.cuh; negative: CTA c takes tiles c, c + CTAs, c + 2 CTAs, ...
+  OperandMap q, k, v;
+  float scale_log2;
+};
+
+}  // namespace jax_flash::attention::sm90

@@ -1,0 +1,116 @@
+// The online softmax of one warpgroup's 64 rows of S, in base 2:
+//   m = reference of the row,   l = sum over j of 2^(scale_log2 s_j - m),   O = sum of the same
+//   times v_j
+// Any reference gives the same P / l. This one is an old maximum of the row, and moves only when it
+// must: most tiles are taken at their word (try_update), without looking for a maximum at all; the
+// sum that l needs anyway tells afterwards whether the reference was high enough. O is left to the
+// caller, because wgmma still adds to it while the exponentials are taken.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <type_traits>
+
+#include "device/warp.cuh"
+#include "ptx/sm80.cuh"
+
+namespace jax_flash::attention::sm90 {
+
+// A lane holds rows g and g + 8 of its warp's 16.
+template <typename Element>
+struct RowSoftmax {
+  // The reference is kBias above the maximum when it moves, and P may grow to 2^kSlack. bf16 has
+  // the range to keep P below 1, so that O overflows no sooner than with a maximum of every tile;
+  // fp16 has not, and has values of V that need no such care.
+  static constexpr bool kIsBf16 = std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr float kBias = kIsBf16 ? 16.0f : 0.0f, kSlack = kIsBf16 ? 0.0f : 8.0f;
+
+  float reference[2];  // m; finite, so that no row is special
+  float sum[2];        // this lane's share of l
+
+  __device__ __forceinline__ void reset() {
+    reference[0] = reference[1] = -FLT_MAX;
+    sum[0] = sum[1] = 0.0f;
+  }
+
+  // S -> P in place (unnormalised, not yet rounded). False, for the whole warp, where some row grew
+  // past its reference: then rS holds nothing of use, and nothing else has changed.
+  template <int kN>
+  __device__ __forceinline__ bool try_update(float (&rS)[kN][4], float scale_log2) {
+    constexpr float kLimit = kIsBf16 ? 1.0f : 256.0f;  // 2^kSlack
+    float tile_sum[2];
+    exponentials(rS, scale_log2, tile_sum);
+    const bool is_good = tile_sum[0] <= kLimit && tile_sum[1] <= kLimit;  // NaN is not
+    if (!__all_sync(device::kWarp, is_good)) return false;
+    sum[0] += tile_sum[0];
+    sum[1] += tile_sum[1];
+    return true;
+  }
+
+  // The same for any S. kAlways: the references move to this tile's maximum, if it is higher, and
+  // not only where they must. True, for the whole warp, where one moved: then O must be multiplied
+  // by alpha.
+  template <bool kAlways, int kN>
+  __device__ __forceinline__ bool update(float (&rS)[kN][4], float scale_log2, float (&alpha)[2]) {
+    float highest[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float even = rS[0][2 * half], odd = rS[0][2 * half + 1];
+#pragma unroll
+      for (int n = 1; n < kN; ++n) {
+        even = fmaxf(even, rS[n][2 * half]);
+        odd = fmaxf(odd, rS[n][2 * half + 1]);
+      }
+      highest[half] = fmaxf(even, odd);
+    }
+    const bool moves = fmaf(highest[0], scale_log2, -reference[0]) > kSlack ||
+                       fmaf(highest[1], scale_log2, -reference[1]) > kSlack;
+    const bool any_moves = kAlways || __any_sync(device::kWarp, moves);
+    if (any_moves) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float old = reference[half];
+        reference[half] = fmaxf(old, fmaf(device::quad_max(highest[half]), scale_log2, kBias));
+        alpha[half] = ptx::exp2_approx(old - reference[half]);
+        sum[half] *= alpha[half];
+      }
+    }
+    float tile_sum[2];
+    exponentials(rS, scale_log2, tile_sum);
+    sum[0] += tile_sum[0];
+    sum[1] += tile_sum[1];
+    return any_moves;
+  }
+
+  // Once, after the last tile: adds up the lanes that share a row.
+  __device__ __forceinline__ void finish() {
+    sum[0] = device::quad_sum(sum[0]);
+    sum[1] = device::quad_sum(sum[1]);
+  }
+  // 1 / l, or 0 for a row that saw no key.
+  __device__ float normalizer(int half) const {
+    return sum[half] == 0.0f ? 0.0f : __fdividef(1.0f, sum[half]);
+  }
+  // log sum exp (natural), or -inf for a row that saw no key.
+  __device__ float lse(int half) const {
+    constexpr float kLn2 = 0.693147180559945309f;
+    return sum[half] == 0.0f ? -INFINITY : (reference[half] + __log2f(sum[half])) * kLn2;
+  }
+
+ private:
+  template <int kN>
+  __device__ __forceinline__ void exponentials(float (&rS)[kN][4], float scale_log2,
+                                               float (&tile_sum)[2]) const {
+    tile_sum[0] = tile_sum[1] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        rS[n][e] = ptx::exp2_approx(fmaf(rS[n][e], scale_log2, -reference[e / 2]));
+        tile_sum[e / 2] += rS[n][e];
+      }
+    }
+  }
+};
+
+}  // namespace jax_flash::attention::sm90
