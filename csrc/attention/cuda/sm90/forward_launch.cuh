@@ -64,11 +64,11 @@ struct ForwardForm<128, 128, kHasDropout> {
 };
 template <bool kHasDropout>
 struct ForwardForm<192, 128, kHasDropout> {
-  using Tiles = ForwardTiles<192, 128, 2, 128, 2, 2, false, 1, true>;
+  using Tiles = ForwardTiles<192, 128, 2, kHasDropout ? 96 : 128, 2, 2, false, 1, true>;
 };
 template <bool kHasDropout>
 struct ForwardForm<192, 192, kHasDropout> {
-  using Tiles = ForwardTiles<192, 192, 2, kHasDropout ? 64 : 96, 2, 2, false, 1, true>;
+  using Tiles = ForwardTiles<192, 192, 2, 96, 2, 2, false, 1, true>;
 };
 template <bool kHasDropout>
 struct ForwardForm<256, 256, kHasDropout> {
