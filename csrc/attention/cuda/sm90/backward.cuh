@@ -11,9 +11,10 @@
 #pragma once
 
 #include "attention/cuda/dropout.cuh"
-#include "attention/cuda/sm90/backward_arguments.h"
+#include "attention/cuda/sm90/backward_common.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
 #include "device/element.cuh"
+#include "device/opaque.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
 #include "ptx/wgmma.cuh"
@@ -62,19 +63,6 @@ struct BackwardTraits {
   static_assert(sizeof(Smem) <= 227 * 1024);
 };
 
-// A place in the ring of stages.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 template <class Traits>
 __device__ __forceinline__ void initialise_barriers(typename Traits::Smem& smem) {
   constexpr uint32_t kWarps = 4 * Traits::kConsumers;
@@ -98,19 +86,6 @@ __device__ __forceinline__ void initialise_barriers(typename Traits::Smem& smem)
     ptx::mbarrier_init(smem.dq_empty[i], 1);
   }
   ptx::fence_barrier_init();
-}
-
-// Starts the copies of a [kRows][kHeadDim] tile.
-template <typename Tile>
-__device__ __forceinline__ void load_tile(Tile& tile, const OperandMap& operand,
-                                          const BatchIndex& batch, int head, int row,
-                                          ptx::Mbarrier& barrier, ptx::L2Hint hint) {
-  const int entry = operand.batch(batch.axis);
-#pragma unroll
-  for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-    ptx::tma_load(reinterpret_cast<char*>(tile.data) + slab * Tile::kSlabBytes, operand.map,
-                  barrier, 64 * slab, row, head, entry, hint);
-  }
 }
 
 // The producer thread: takes key tiles, walks over their steps and starts all copies.
@@ -198,16 +173,6 @@ __device__ __forceinline__ void add_blocks(typename Traits::Smem& smem, int cons
 
 enum class ConsumerBarrier { kBoth = 1, kOwn = 2, kTurn = 5 };  // kOwn, kTurn + warpgroup
 
-// Zeroes the rows of a tile from `rows` on: what the copy engine found there belongs to others.
-template <int kThreads, typename Tile>
-__device__ __forceinline__ void zero_rows(Tile& tile, int rows) {
-  const int chunks = (Tile::kRows - rows) * (Tile::kCols / 8);
-  for (int i = threadIdx.x % kThreads; i < chunks; i += kThreads) {
-    const uint32_t offset = Tile::offset(rows + i / (Tile::kCols / 8), i % (Tile::kCols / 8) * 8);
-    *reinterpret_cast<uint4*>(reinterpret_cast<char*>(tile.data) + offset) = uint4{};
-  }
-}
-
 template <class Traits>
 __device__ __forceinline__ void consume(const BackwardArguments& a, typename Traits::Smem& smem,
                                         int consumer) {
@@ -225,15 +190,13 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
   const auto sync_consumers = [] {
     ptx::named_barrier_sync(static_cast<int>(ConsumerBarrier::kBoth), Traits::kConsumerThreads);
   };
-  const auto release = [&](ptx::Mbarrier& barrier) {
-    if (lane == 0) ptx::mbarrier_arrive(barrier);
-  };
 
   // S^T or dP^T of this warpgroup's 64 keys.
   const auto multiply_keys = [&](float (&rD)[kBlockM / 8][4], const KeyTile& keys,
                                  const QueryTile& queries) {
-    const uint64_t a = ptx::matrix_descriptor(&keys, 0) + 4 * ptx::kRows16 * consumer;
-    const uint64_t b = ptx::matrix_descriptor(&queries, 0);
+    const ptx::MatrixDescriptor a =
+        ptx::MatrixDescriptor(&keys, 0) + device::opaque(consumer) * (4 * ptx::kRows16);
+    const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&queries, 0);
     ptx::wgmma_pin(rD);
     ptx::wgmma_fence();
 #pragma unroll
@@ -246,7 +209,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
   // dV += P^T dO or dK += dS^T Q.
   const auto accumulate = [&](float (&rD)[kHeadDim / 8][4], uint32_t (&rA)[kBlockM / 16][4],
                               const QueryTile& queries) {
-    const uint64_t b = ptx::matrix_descriptor(&queries, QueryTile::kSlabBytes);
+    const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&queries, QueryTile::kSlabBytes);
     ptx::wgmma_pin(rD);
     ptx::wgmma_pin(rA);
     ptx::wgmma_fence();
@@ -257,9 +220,12 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
   };
   // This warpgroup's 64 x 64 block of dS K.
   const auto multiply_scores = [&](float (&rD)[8][4], const ScoreTile& ds) {
-    const int query_slab = kBlockM > 64 ? consumer : 0, dim_slab = kHeadDim > 64 ? consumer : 0;
-    const uint64_t a = ptx::matrix_descriptor(&ds, 0) + query_slab * (ScoreTile::kSlabBytes >> 4);
-    const uint64_t b = ptx::matrix_descriptor(&smem.k, 0) + dim_slab * (KeyTile::kSlabBytes >> 4);
+    const int query_slab = kBlockM > 64 ? consumer : 0,
+              dim_slab = kHeadDim > 64 ? device::opaque(consumer) : 0;
+    const ptx::MatrixDescriptor a =
+        ptx::MatrixDescriptor(&ds, 0) + query_slab * (ScoreTile::kSlabBytes >> 4);
+    const ptx::MatrixDescriptor b =
+        ptx::MatrixDescriptor(&smem.k, 0) + dim_slab * (KeyTile::kSlabBytes >> 4);
     ptx::wgmma_pin(rD);
     ptx::wgmma_fence();
 #pragma unroll
@@ -367,8 +333,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
             const float (&dp)[4] = rDP[2 * j + word / 2];
             const float even = word < 2 ? delta.x : delta.z, odd = word < 2 ? delta.y : delta.w;
             rDS[j][word] = device::multiply<Element>(
-                rP[j][word], device::pack<Element>(dp[word % 2 * 2] - even,
-                                                   dp[word % 2 * 2 + 1] - odd));
+                rP[j][word],
+                device::pack<Element>(dp[word % 2 * 2] - even, dp[word % 2 * 2 + 1] - odd));
           }
           ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
         }

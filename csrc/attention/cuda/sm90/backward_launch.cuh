@@ -5,6 +5,7 @@
 #include "attention/cuda/instances.h"
 #include "attention/cuda/sm90/backward.cuh"
 #include "attention/cuda/sm90/backward_passes.cuh"
+#include "attention/cuda/sm90/backward_supplier.cuh"
 
 namespace jax_flash::attention::sm90 {
 
@@ -26,8 +27,8 @@ inline int section_columns(const Problem& p, int64_t columns) {
   return section;
 }
 
-template <class Traits>
-const char* launch_backward(const BackwardParams& p, cudaStream_t stream) {
+template <class Traits, typename Kernel>
+const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel* kernel) {
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   BackwardArguments a{p, make_backward_plan(p, kBlockM, kBlockN)};
   BackwardPlan& plan = a.plan;
@@ -58,7 +59,6 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream) {
   int device = 0, multiprocessors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const auto kernel = backward_kernel<Traits>;
   constexpr int kSharedBytes = sizeof(typename Traits::Smem);
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -74,11 +74,16 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream) {
   return launch_status();
 }
 
-// A step has 64 queries, or 128 where the accumulators leave registers for that.
+// Queries of a step and stages by head dim.
 template <typename Element, int kHeadDim>
 const char* choose_backward(const BackwardParams& p, cudaStream_t stream) {
-  return launch_backward<BackwardTraits<Element, kHeadDim, kHeadDim == 64 ? 128 : 64, 2>>(p,
-                                                                                          stream);
+  if constexpr (kHeadDim == 64) {
+    using Traits = SupplierTraits<Element, 64, 128, 2>;
+    return launch_backward<Traits>(p, stream, supplier_kernel<Traits>);
+  } else {
+    using Traits = BackwardTraits<Element, kHeadDim, 64, 2>;
+    return launch_backward<Traits>(p, stream, backward_kernel<Traits>);
+  }
 }
 
 }  // namespace jax_flash::attention::sm90

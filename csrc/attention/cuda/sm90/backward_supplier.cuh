@@ -1,0 +1,486 @@
+// The Hopper backward as in backward.cuh, but the first warpgroup, which brings the operands, makes
+// dQ as well: the consumers, rid of dQ's accumulators and of its way out, never wait for each
+// other. Faster at head dims up to 64, where a step has 128 queries.
+// docs/kernels/hopper_backward.md.
+#pragma once
+
+#include "attention/cuda/dropout.cuh"
+#include "attention/cuda/sm90/backward_common.cuh"
+#include "attention/cuda/sm90/backward_mask.cuh"
+#include "device/element.cuh"
+#include "device/shared_tile.cuh"
+#include "ptx/sm90.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace jax_flash::attention::sm90 {
+
+template <typename Element_, int kHeadDim_, int kBlockM_, int kStages_>
+struct SupplierTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = kBlockM_;  // queries of a step
+  static constexpr int kBlockN = 128;       // keys of the CTA, 64 a warpgroup
+  static constexpr int kStages = kStages_;  // Q and dO tiles in shared memory
+  static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
+  static constexpr int kThreads = 128 + kConsumerThreads;
+  // 3 x 168 registers a thread of each warpgroup's rank at launch.
+  static constexpr int kSupplierRegisters = 72, kConsumerRegisters = 216;
+  // dQ is made in blocks of 64 queries x 64 dims.
+  static constexpr int kDqBlocks = kBlockM / 64 * (kHeadDim / 64);
+
+  using KeyTile = device::SharedTile<kBlockN, kHeadDim>;
+  using QueryTile = device::SharedTile<kBlockM, kHeadDim>;
+  using ScoreTile = device::SharedTile<kBlockN, kBlockM>;  // dS^T
+  using GradientTile = device::SharedTile<64, kHeadDim>;   // a warpgroup's dK or dV
+
+  // What consumers must know of a step.
+  struct Step {
+    int head, row;
+    bool is_full, is_last;
+  };
+  struct Smem {
+    KeyTile k, v;
+    QueryTile q[kStages], dout[kStages];
+    ScoreTile ds[2];       // in the end: dK and dV on their way out
+    float dq[2][64 * 64];  // blocks of dQ on their way out, [n][thread][4]
+    float lse[kStages][kBlockM], delta[kStages][kBlockM];  // in the order of stats_index
+    Step steps[kStages];
+    KeyTilePlace places[2];
+    ptx::Mbarrier place_full[2], place_empty[2], k_full, k_empty, v_full;
+    ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
+    ptx::Mbarrier ds_full[2], ds_empty[2], ragged;
+  };
+  static_assert(sizeof(GradientTile) * kConsumers <= sizeof(ScoreTile) * 2);
+  static_assert(sizeof(Smem) <= 227 * 1024);
+};
+
+template <class Traits>
+__device__ __forceinline__ void initialise_supplier_barriers(typename Traits::Smem& smem) {
+  constexpr uint32_t kWarps = 4 * Traits::kConsumers;
+  for (int i = 0; i < 2; ++i) {
+    ptx::mbarrier_init(smem.place_full[i], 1);
+    ptx::mbarrier_init(smem.place_empty[i], 1);
+    ptx::mbarrier_init(smem.ds_full[i], kWarps);
+    ptx::mbarrier_init(smem.ds_empty[i], 4);
+  }
+  ptx::mbarrier_init(smem.k_full, 1);
+  ptx::mbarrier_init(smem.k_empty, kWarps);
+  ptx::mbarrier_init(smem.v_full, 1);
+  for (int i = 0; i < Traits::kStages; ++i) {
+    ptx::mbarrier_init(smem.q_full[i], 1);
+    ptx::mbarrier_init(smem.q_empty[i], kWarps);
+    ptx::mbarrier_init(smem.dout_full[i], 1);
+    ptx::mbarrier_init(smem.dout_empty[i], kWarps);
+  }
+  ptx::mbarrier_init(smem.ragged, 1);
+  ptx::fence_barrier_init();
+}
+
+enum class SupplierBarrier {
+  kConsumers = 1,
+  kSupplier = 2,
+  kOwn = 3,
+  kTurn = 5
+};  // kOwn, kTurn + consumer
+
+// The first warpgroup: takes places, brings operands and makes dQ = dS K, in blocks of 64 queries x
+// 64 dims that its leader has added to the sums.
+template <class Traits>
+__device__ __forceinline__ void supply(const BackwardArguments& a, typename Traits::Smem& smem) {
+  using KeyTile = typename Traits::KeyTile;
+  using QueryTile = typename Traits::QueryTile;
+  using ScoreTile = typename Traits::ScoreTile;
+  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  constexpr int kDimBlocks = Traits::kHeadDim / 64;
+  const int thread = threadIdx.x;
+  const bool is_leader = thread == 0;
+  Ring<Traits::kStages> ring;
+  Ring<2> ds_ring;
+  uint32_t key_phase = 0, ragged_phase = 0;
+  int index = static_cast<int>(blockIdx.x);
+
+  const auto sync = [] {
+    ptx::named_barrier_sync(static_cast<int>(SupplierBarrier::kSupplier), 128);
+  };
+  // The leader asks for place `t`.
+  const auto request = [&](int t) {
+    if (!is_leader) return;
+    ptx::Mbarrier& full = smem.place_full[t % 2];
+    ptx::mbarrier_wait(smem.place_empty[t % 2], (t / 2 & 1) ^ 1);
+    if (index < a.num_places) {
+      ptx::mbarrier_arrive_expect(full, sizeof(KeyTilePlace));
+      ptx::bulk_load(&smem.places[t % 2], a.places + index, sizeof(KeyTilePlace), full);
+      index = atomicAdd(a.next_tile, 1) + static_cast<int>(gridDim.x);
+    } else {
+      smem.places[t % 2].exists = false;
+      ptx::mbarrier_arrive(full);
+    }
+  };
+
+  request(0);
+  for (int t = 0;; ++t) {
+    const KeyTilePlace& place = smem.places[t % 2];
+    ptx::mbarrier_wait(smem.place_full[t % 2], t / 2 & 1);
+    if (!place.exists) break;
+    const int steps = place.num_steps;
+    if (steps == 0) {
+      request(t + 1);
+      continue;
+    }
+    const Sequence& s = place.sequence;
+
+    // K and V. Rows that others own are zeroed: what lies there could be NaN.
+    const int key_rows = s.key_length - s.first_row;
+    if (is_leader) {
+      ptx::mbarrier_wait(smem.k_empty, key_phase ^ 1);
+      const bool is_whole = key_rows >= kBlockN;
+      ptx::Mbarrier& k_full = is_whole ? smem.k_full : smem.ragged;
+      ptx::Mbarrier& v_full = is_whole ? smem.v_full : smem.ragged;
+      ptx::mbarrier_arrive_expect(k_full, is_whole ? sizeof(KeyTile) : 2 * sizeof(KeyTile));
+      load_tile(smem.k, a.k, place.batch, place.kv_head, s.key_start + s.first_row, k_full,
+                ptx::L2Hint::kEvictFirst);
+      if (is_whole) ptx::mbarrier_arrive_expect(v_full, sizeof(KeyTile));
+      load_tile(smem.v, a.v, place.batch, place.kv_head, s.key_start + s.first_row, v_full,
+                ptx::L2Hint::kEvictFirst);
+    }
+    key_phase ^= 1;
+
+    // Q, lse, dO and delta of the next step.
+    int head = place.first_head, query_tile = place.first_tile, loaded = 0;
+    const auto load_step = [&] {
+      if (loaded == steps) return;
+      const int stage = ring.stage, row = query_tile * kBlockM, rows = s.query_length - row;
+      const bool is_whole = rows >= kBlockM;
+      if (is_leader) {
+        const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
+        const float* stats = reinterpret_cast<float*>(a.plan.stats) + int64_t{sum} * (2 * kBlockM);
+        constexpr uint32_t kBytes = sizeof(QueryTile) + kBlockM * sizeof(float);
+        ptx::Mbarrier& q_full = is_whole ? smem.q_full[stage] : smem.ragged;
+        ptx::Mbarrier& dout_full = is_whole ? smem.dout_full[stage] : smem.ragged;
+        ptx::mbarrier_wait(smem.q_empty[stage], ring.phase ^ 1);
+        typename Traits::Step& step = smem.steps[stage];
+        step.head = head;
+        step.row = row;
+        step.is_full = place.range.is_full(query_tile);
+        step.is_last = loaded + 1 == steps;
+        ptx::mbarrier_arrive_expect(q_full, is_whole ? kBytes : 2 * kBytes);
+        load_tile(smem.q[stage], a.q, place.batch, head, s.query_start + row, q_full,
+                  ptx::L2Hint::kEvictLast);
+        ptx::bulk_load(smem.lse[stage], stats, kBlockM * sizeof(float), q_full);
+        ptx::mbarrier_wait(smem.dout_empty[stage], ring.phase ^ 1);
+        if (is_whole) ptx::mbarrier_arrive_expect(dout_full, kBytes);
+        load_tile(smem.dout[stage], a.dout, place.batch, head, s.query_start + row, dout_full,
+                  ptx::L2Hint::kEvictLast);
+        ptx::bulk_load(smem.delta[stage], stats + kBlockM, kBlockM * sizeof(float), dout_full);
+      }
+      if (!is_whole) {
+        ptx::mbarrier_wait(smem.ragged, ragged_phase);
+        ragged_phase ^= 1;
+        zero_rows<128>(smem.q[stage], rows);
+        zero_rows<128>(smem.dout[stage], rows);
+        ptx::fence_async_shared();
+        sync();  // The rows are zero before the consumers are told.
+        if (is_leader) {
+          ptx::mbarrier_arrive(smem.q_full[stage]);
+          ptx::mbarrier_arrive(smem.dout_full[stage]);
+        }
+      }
+      ring.advance();
+      ++loaded;
+      if (++query_tile == place.range.end) {
+        query_tile = place.range.begin;
+        ++head;
+      }
+    };
+    if (key_rows < kBlockN) {
+      ptx::mbarrier_wait(smem.ragged, ragged_phase);
+      ragged_phase ^= 1;
+      zero_rows<128>(smem.k, key_rows);
+      zero_rows<128>(smem.v, key_rows);
+      ptx::fence_async_shared();
+      sync();  // The rows are zero before the consumers are told.
+      if (is_leader) {
+        ptx::mbarrier_arrive(smem.k_full);
+        ptx::mbarrier_arrive(smem.v_full);
+      }
+    }
+#pragma unroll 1
+    for (int i = 0; i < Traits::kStages; ++i) load_step();
+
+    int dq_head = place.first_head, dq_tile = place.first_tile;
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+      const int sum = place.query_tile + dq_head * static_cast<int>(a.plan.query_slots) + dq_tile;
+      float* const dq = place.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
+      if (++dq_tile == place.range.end) {
+        dq_tile = place.range.begin;
+        ++dq_head;
+      }
+      ptx::mbarrier_wait(smem.ds_full[ds_ring.stage], ds_ring.phase);
+#pragma unroll
+      for (int block = 0; block < Traits::kDqBlocks; ++block) {
+        const ptx::MatrixDescriptor a = ptx::MatrixDescriptor(&smem.ds[ds_ring.stage], 0) +
+                                        block / kDimBlocks * (ScoreTile::kSlabBytes >> 4);
+        const ptx::MatrixDescriptor b =
+            ptx::MatrixDescriptor(&smem.k, 0) + block % kDimBlocks * (KeyTile::kSlabBytes >> 4);
+        float rDQ[8][4];
+        ptx::wgmma_pin(rDQ);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kBlockN / 16; ++k) {
+          ptx::wgmma<typename Traits::Element, true, true>(rDQ, a + k * ptx::kRows16,
+                                                           b + k * ptx::kRows16, k > 0);
+        }
+        ptx::wgmma_commit();
+        if (is_leader) ptx::bulk_wait<1, true>();
+        sync();  // The copy before the last has read its block: it is free.
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_pin(rDQ);
+        if (block == Traits::kDqBlocks - 1) release(smem.ds_empty[ds_ring.stage]);
+        float4* out = reinterpret_cast<float4*>(smem.dq[block % 2]) + thread;
+#pragma unroll
+        for (int n = 0; n < 8; ++n) out[n * 128] = {rDQ[n][0], rDQ[n][1], rDQ[n][2], rDQ[n][3]};
+        ptx::fence_async_shared();
+        sync();  // The block is written before it is copied.
+        if (is_leader) {
+          ptx::bulk_reduce_add(dq + block * (64 * 64), smem.dq[block % 2], sizeof(smem.dq[0]));
+          ptx::bulk_commit();
+        }
+      }
+      ds_ring.advance();
+      load_step();
+      if (i == 0) request(t + 1);
+    }
+  }
+  if (is_leader) ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.
+}
+
+template <class Traits>
+__device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
+                                                 typename Traits::Smem& smem, int consumer) {
+  using Element = typename Traits::Element;
+  using KeyTile = typename Traits::KeyTile;
+  using QueryTile = typename Traits::QueryTile;
+  using ScoreTile = typename Traits::ScoreTile;
+  using GradientTile = typename Traits::GradientTile;
+  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  constexpr int kHeadDim = Traits::kHeadDim;
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad_lane = lane % 4;
+  const int warp_row = 64 * consumer + thread / 32 * 16;  // of the key tile
+  const float scale_log2 = a.p.scale * 1.4426950408889634f;
+
+  const auto sync_consumers = [] {
+    ptx::named_barrier_sync(static_cast<int>(SupplierBarrier::kConsumers),
+                            Traits::kConsumerThreads);
+  };
+
+  // S^T or dP^T of this warpgroup's 64 keys.
+  const auto multiply_keys = [&](float (&rD)[kBlockM / 8][4], const KeyTile& keys,
+                                 const QueryTile& queries) {
+    const ptx::MatrixDescriptor a = ptx::MatrixDescriptor(&keys, 0) + consumer * (4 * ptx::kRows16);
+    const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&queries, 0);
+    ptx::wgmma_pin(rD);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      ptx::wgmma<Element, false, false>(
+          rD, a + k / 4 * (KeyTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16,
+          b + k / 4 * (QueryTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16, k > 0);
+    }
+  };
+  // dV += P^T dO or dK += dS^T Q.
+  const auto accumulate = [&](float (&rD)[kHeadDim / 8][4], uint32_t (&rA)[kBlockM / 16][4],
+                              const QueryTile& queries) {
+    const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&queries, QueryTile::kSlabBytes);
+    ptx::wgmma_pin(rD);
+    ptx::wgmma_pin(rA);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockM / 16; ++k) {
+      ptx::wgmma<Element, true>(rD, rA[k], b + k * ptx::kRows16, true);
+    }
+  };
+
+  Ring<Traits::kStages> ring;
+  Ring<2> ds_ring;
+  uint32_t key_phase = 0;
+  if (consumer == 1) ptx::named_barrier_arrive(static_cast<int>(SupplierBarrier::kTurn), 256);
+  for (int t = 0;; ++t) {
+    ptx::mbarrier_wait(smem.place_full[t % 2], t / 2 & 1);
+    const KeyTilePlace& place = smem.places[t % 2];
+    if (!place.exists) break;
+    const Sequence& s = place.sequence;
+
+    float rDK[kHeadDim / 8][4] = {}, rDV[kHeadDim / 8][4] = {};
+    if (place.num_steps > 0) {
+      float rS[kBlockM / 8][4], rDP[kBlockM / 8][4];
+      uint32_t rP[kBlockM / 16][4], rDS[kBlockM / 16][4];
+      // S of a step -> P in 16 bits.
+      const auto exponentiate = [&] {
+        const typename Traits::Step& step = smem.steps[ring.stage];
+        ptx::wgmma_pin(rS);
+        if (!step.is_full) {
+          mask_scores(rS, s, BlockMask(a.p.mask, place.batch, step.head), s.first_row + warp_row,
+                      step.row);
+        }
+#pragma unroll
+        for (int j = 0; j < kBlockM / 16; ++j) {
+          const float4 lse =
+              *reinterpret_cast<const float4*>(&smem.lse[ring.stage][16 * j + 4 * quad_lane]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float low = e % 2 == 0 ? lse.x : lse.y, high = e % 2 == 0 ? lse.z : lse.w;
+            rS[2 * j][e] = ptx::exp2_approx(fmaf(rS[2 * j][e], scale_log2, -low));
+            rS[2 * j + 1][e] = ptx::exp2_approx(fmaf(rS[2 * j + 1][e], scale_log2, -high));
+          }
+          device::pack_operand<Element>(rP[j], rS[2 * j], rS[2 * j + 1]);
+        }
+      };
+      ptx::mbarrier_wait(smem.k_full, key_phase);
+      ptx::mbarrier_wait(smem.q_full[ring.stage], ring.phase);
+      ptx::wgmma_pin(rDK);
+      ptx::wgmma_pin(rDV);
+      multiply_keys(rS, smem.k, smem.q[ring.stage]);
+      ptx::wgmma_commit();
+      ptx::mbarrier_wait(smem.v_full, key_phase);
+
+      while (true) {
+        // In flight: S.
+        const int stage = ring.stage;
+        ptx::wgmma_wait<0>();
+        ptx::named_barrier_sync(static_cast<int>(SupplierBarrier::kTurn) + consumer, 256);
+        exponentiate();
+        ptx::named_barrier_arrive(static_cast<int>(SupplierBarrier::kTurn) + 1 - consumer, 256);
+        ptx::mbarrier_wait(smem.dout_full[ring.stage], ring.phase);
+        multiply_keys(rDP, smem.v, smem.dout[ring.stage]);
+        ptx::wgmma_commit();
+        accumulate(rDV, rP, smem.dout[stage]);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_pin(rDP);
+        // dP -> dS, while dV runs.
+        ptx::mbarrier_wait(smem.ds_empty[ds_ring.stage], ds_ring.phase ^ 1);
+        ScoreTile& ds = smem.ds[ds_ring.stage];
+        const device::LdmatrixAddress<ScoreTile> ds_address(
+            ds, device::LdmatrixAddress<ScoreTile>::Order::kRowsFirst, warp_row);
+#pragma unroll
+        for (int j = 0; j < kBlockM / 16; ++j) {
+          const float4 delta =
+              *reinterpret_cast<const float4*>(&smem.delta[stage][16 * j + 4 * quad_lane]);
+#pragma unroll
+          for (int word = 0; word < 4; ++word) {
+            const float (&dp)[4] = rDP[2 * j + word / 2];
+            const float even = word < 2 ? delta.x : delta.z, odd = word < 2 ? delta.y : delta.w;
+            rDS[j][word] = device::multiply<Element>(
+                rP[j][word],
+                device::pack<Element>(dp[word % 2 * 2] - even, dp[word % 2 * 2 + 1] - odd));
+          }
+          ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
+        }
+        const bool is_last = smem.steps[stage].is_last;
+        ptx::fence_async_shared();
+        __syncwarp();  // All lanes' elements are written and fenced.
+        release(smem.ds_full[ds_ring.stage]);
+        ds_ring.advance();
+
+        // dK, and the next step's S and dP behind it.
+        accumulate(rDK, rDS, smem.q[stage]);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_pin(rDV);
+        release(smem.dout_empty[stage]);
+        ring.advance();
+        if (is_last) {
+          release(smem.k_empty);
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_pin(rDK);
+          release(smem.q_empty[stage]);
+          break;
+        }
+        ptx::mbarrier_wait(smem.q_full[ring.stage], ring.phase);
+        multiply_keys(rS, smem.k, smem.q[ring.stage]);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_pin(rDK);
+        release(smem.q_empty[stage]);
+      }
+      key_phase ^= 1;
+      // dQ is made: the place of dS is free.
+      Ring<2> last = ds_ring;
+      for (int i = 0; i < 2; ++i, last.advance()) {
+        ptx::mbarrier_wait(smem.ds_empty[last.stage], last.phase ^ 1);
+      }
+    }
+
+    // dV and dK leave through the place of dS.
+    GradientTile& gradient = reinterpret_cast<GradientTile*>(smem.ds)[consumer];
+    const int own_barrier = static_cast<int>(SupplierBarrier::kOwn) + consumer;
+    const int rows = s.key_rows - s.first_row - 64 * consumer;
+    const auto store = [&](const float (&rD)[kHeadDim / 8][4], float scale, const Tensor& tensor,
+                           int cols) {
+      const device::LdmatrixAddress<GradientTile> address(
+          gradient, device::LdmatrixAddress<GradientTile>::Order::kRowsFirst, thread / 32 * 16);
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 16; ++j) {
+        uint32_t packed[4];
+        float left[4], right[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          left[e] = rD[2 * j][e] * scale;
+          right[e] = rD[2 * j + 1][e] * scale;
+        }
+        device::pack_operand<Element>(packed, left, right);
+        ptx::stmatrix_x4(address(0, 16 * j), packed);
+      }
+      ptx::named_barrier_sync(own_barrier, 128);  // The tile is written before others copy it.
+      Element* destination = element_pointer<Element>(
+          tensor, place.batch, s.key_start + s.first_row + 64 * consumer, place.kv_head);
+      constexpr int kChunks = kHeadDim / 8;
+      const int col = thread % kChunks * 8;
+#pragma unroll
+      for (int first = 0; first < 64; first += 128 / kChunks) {
+        const int row = first + thread / kChunks;
+        if (row < rows && col < cols) {
+          *reinterpret_cast<uint4*>(destination + row * tensor.row_stride + col) =
+              *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(gradient.data) +
+                                              GradientTile::offset(row, col));
+        }
+      }
+      ptx::named_barrier_sync(own_barrier, 128);  // The tile is copied before it is written again.
+    };
+    if (place.dkv_sum == nullptr) {
+      const float dropout = dropout_scale(a.p.dropout);
+      store(rDV, dropout, a.p.dv, static_cast<int>(a.p.value_dim));
+      store(rDK, a.p.scale * dropout, a.p.dk, static_cast<int>(a.p.head_dim));
+    } else {
+      float4* sum = reinterpret_cast<float4*>(place.dkv_sum) + consumer * (16 * kHeadDim) + thread;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        sum[n * 128] = {rDK[n][0], rDK[n][1], rDK[n][2], rDK[n][3]};
+        sum[a.plan.dkv_elements / 4 + n * 128] = {rDV[n][0], rDV[n][1], rDV[n][2], rDV[n][3]};
+      }
+    }
+    sync_consumers();  // Everyone has left the tile and the place of dS.
+    if (consumer == 0 && thread == 0) ptx::mbarrier_arrive(smem.place_empty[t % 2]);
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    supplier_kernel(const __grid_constant__ BackwardArguments a) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  auto& smem = *reinterpret_cast<typename Traits::Smem*>(shared);
+  // NOTE: the shuffle tells the compiler that a warp is of one mind.
+  const int warpgroup = __shfl_sync(device::kWarp, threadIdx.x / 128, 0);
+  if (threadIdx.x == 0) initialise_supplier_barriers<Traits>(smem);
+  __syncthreads();  // The barriers exist.
+  if (warpgroup == 0) {
+    ptx::give_registers<Traits::kSupplierRegisters>();
+    supply<Traits>(a, smem);
+  } else {
+    ptx::take_registers<Traits::kConsumerRegisters>();
+    consume_supplied<Traits>(a, smem, warpgroup - 1);
+  }
+}
+
+}  // namespace jax_flash::attention::sm90
