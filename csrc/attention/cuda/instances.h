@@ -17,7 +17,7 @@ template <typename Element, int kHeadDim>
 const char* backward_sm80(const BackwardParams& params, cudaStream_t stream);
 
 // The same on Hopper (sm_90a), or kNotCovered (architecture.h). The forward's head dims are 64, 96,
-// 128, 192 and 256, or 192 with a kValueDim of 128; the backward's 64 and 128.
+// 128, 192 and 256, or 192 with a kValueDim of 128; the backward's as above.
 template <typename Element, int kHeadDim, int kValueDim>
 const char* forward_sm90(const ForwardParams& params, cudaStream_t stream);
 template <typename Element, int kHeadDim>

@@ -7,11 +7,9 @@ namespace {
 
 template <typename Element, int kHeadDim>
 const char* launch_16_bit(const BackwardParams& p, cudaStream_t stream) {
-  if constexpr (kHeadDim <= 128) {
-    if (runs_sm90_kernels()) {
-      const char* error = backward_sm90<Element, kHeadDim>(p, stream);
-      if (error != kNotCovered) return error;
-    }
+  if (runs_sm90_kernels()) {
+    const char* error = backward_sm90<Element, kHeadDim>(p, stream);
+    if (error != kNotCovered) return error;
   }
   return backward_sm80<Element, kHeadDim>(p, stream);
 }

@@ -6,6 +6,7 @@
 #include "attention/cuda/sm90/backward.cuh"
 #include "attention/cuda/sm90/backward_passes.cuh"
 #include "attention/cuda/sm90/backward_supplier.cuh"
+#include "attention/cuda/sm90/backward_wide.cuh"
 
 namespace jax_flash::attention::sm90 {
 
@@ -80,6 +81,9 @@ const char* choose_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim == 64) {
     using Traits = SupplierTraits<Element, 64, 128, 2>;
     return launch_backward<Traits>(p, stream, supplier_kernel<Traits>);
+  } else if constexpr (kHeadDim == 256) {
+    using Traits = WideTraits<Element, 256>;
+    return launch_backward<Traits>(p, stream, wide_kernel<Traits>);
   } else {
     using Traits = BackwardTraits<Element, kHeadDim, 64, 2>;
     return launch_backward<Traits>(p, stream, backward_kernel<Traits>);
