@@ -83,6 +83,7 @@ class Signature:
             "lengths": self.query_lengths or self.key_lengths,
             "dropout": self.rate > 0,
             "block mask": self.block_size is not None,
+            "scale": self.scale is not None,
             "lse cotangent": self.lse,
             "deterministic": self.deterministic,
         }
@@ -170,7 +171,7 @@ def draw_signature(rng: np.random.Generator) -> Signature:
         rate=pick((0.03, 0.1, 0.5)) if chance(0.3) else 0.0,
         lse=chance(0.4),
         deterministic=chance(0.25),
-        scale=0.21 if chance(0.1) else None,
+        scale=pick((0.21, -0.15)) if chance(0.1) else None,
         **options,
     )
 

@@ -115,7 +115,7 @@ def test_signatures_are_chosen_by_label():
 
 def test_signatures_cover_every_option():
     found = {label for s in soak_cases.signatures(20261120, 200) for label in s.labels()}
-    assert len(found) == 28, sorted(found)
+    assert len(found) == 29, sorted(found)
 
 
 @pytest.mark.parametrize("sizes", [(2, 3, 45, 70), (1, 1, 1, 1), (1, 2, 128, 17)])

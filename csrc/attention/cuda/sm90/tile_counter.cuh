@@ -35,7 +35,7 @@ inline int take_tile_counter(cudaStream_t stream) {
 
 // The next tile for this CTA in its `round`-th question; tiles from num_tiles on do not exist. One
 // warp. A CTA asks until it gets one of those.
-__device__ inline uint32_t next_tile(int counter, uint32_t round, uint32_t num_tiles) {
+static __device__ uint32_t next_tile(int counter, uint32_t round, uint32_t num_tiles) {
   if (counter < 0) return round * gridDim.x + blockIdx.x;
   uint32_t tile = 0;
   if (threadIdx.x % 32 == 0) {
