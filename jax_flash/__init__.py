@@ -12,6 +12,7 @@ from jax_flash.attention import (
     blocksparse_attention,
 )
 from jax_flash.backends import export_checks, show_backends
+from jax_flash.cross_entropy import linear_softmax_cross_entropy, softmax_cross_entropy
 from jax_flash.varlen import (
     varlen_attention,
     varlen_attention_kvpacked,
@@ -29,7 +30,9 @@ __all__ = [
     "attention_qkvpacked",
     "blocksparse_attention",
     "export_checks",
+    "linear_softmax_cross_entropy",
     "show_backends",
+    "softmax_cross_entropy",
     "varlen_attention",
     "varlen_attention_kvpacked",
     "varlen_attention_qkvpacked",

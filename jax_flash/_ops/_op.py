@@ -47,12 +47,15 @@ class Signature:
       aliases: names that are cut wherever another is, one to each part: {"K": "N"}. Where several
         devices share a part, such an axis stays whole: each device takes its own one from it, and
         results with this axis are sums over devices.
+      join: (run, operands, cuts) -> results, where a part's results are not yet the call's:
+        run(operands) computes a part, `cuts` are the mesh axes that each cut name lies on.
     """
 
     operands: tuple[Axes, ...]
     results: tuple[Axes, ...]
     shardable: dict[str, int]
     aliases: dict[str, str]
+    join: Callable[..., Sequence[jax.Array]] | None = None
 
 
 class _Cut(NamedTuple):
@@ -62,12 +65,14 @@ class _Cut(NamedTuple):
       operands, results: a PartitionSpec for each array.
       operand_places, result_places: for each array the (axis, mesh axes) that stays whole though
         the call is cut by it, or None.
+      axes: the mesh axes of each name that is cut.
     """
 
     operands: list[PartitionSpec]
     results: list[PartitionSpec]
     operand_places: list[tuple[int, tuple[str, ...]] | None]
     result_places: list[tuple[int, tuple[str, ...]] | None]
+    axes: dict[str, tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +243,15 @@ class Op:
             ]
 
         return _Cut(
-            specs(operand_axes), specs(result_axes), places(operand_axes), places(result_axes)
+            specs(operand_axes),
+            specs(result_axes),
+            places(operand_axes),
+            places(result_axes),
+            {
+                name: (entry,) if isinstance(entry, str) else tuple(entry)
+                for name, entry in chosen.items()
+                if entry
+            },
         )
 
     def _partitioned(self, *operands, config):
@@ -248,12 +261,15 @@ class Op:
         on = [i for i, x in enumerate(operands) if not is_off(x)]
         on_results = [i for i, x in enumerate(results) if not is_off(x)]
 
-        def one_shard(*shards):
+        def run(full):
+            return self._local.bind(*vary_together(*full), config=config)
+
+        def one_shard(run, *shards):
             given = iter(shards)
             full = [
                 next(given) if i in on else jnp.zeros(a.shape, a.dtype) for i, a in enumerate(avals)
             ]
-            out = self._local.bind(*vary_together(*full), config=config)
+            out = run(full)
             return tuple(out[i] for i in on_results)
 
         def cut(mesh, arg_shapes):
@@ -266,13 +282,17 @@ class Op:
             c = cut(mesh, arg_shapes)
             takes = [c.operand_places[i] for i in on]
             sums = [c.result_places[i] for i in on_results]
+            part = run
+            if signature.join is not None:
+                part = functools.partial(signature.join, run, cuts=c.axes)
 
             def share(*shards):
                 own = (_own_part(x, place, mesh) for x, place in zip(shards, takes, strict=True))
                 wholes = (results[i].shape for i in on_results)
+                parts = one_shard(part, *own)
                 return tuple(
                     _sum_of_parts(x, place, mesh, whole)
-                    for x, place, whole in zip(one_shard(*own), sums, wholes, strict=True)
+                    for x, place, whole in zip(parts, sums, wholes, strict=True)
                 )
 
             def local(*shards):
@@ -291,7 +311,7 @@ class Op:
             specs = cut(mesh, arg_shapes).results
             return tuple(NamedSharding(mesh, specs[i]) for i in on_results)
 
-        call = custom_partitioning(one_shard)
+        call = custom_partitioning(functools.partial(one_shard, run))
         signature, operand_axes, result_axes, sizes = self._named_axes(config, avals)
         rule, factors = _shardy_rule(
             signature, [operand_axes[i] for i in on], [result_axes[i] for i in on_results], sizes
