@@ -12,6 +12,13 @@ from jax_flash.attention import (
     blocksparse_attention,
 )
 from jax_flash.backends import export_checks, show_backends
+from jax_flash.dense import (
+    column_parallel_dense,
+    dense,
+    dense_gelu,
+    mlp,
+    row_parallel_dense,
+)
 from jax_flash.varlen import (
     varlen_attention,
     varlen_attention_kvpacked,
@@ -28,7 +35,12 @@ __all__ = [
     "attention_kvpacked",
     "attention_qkvpacked",
     "blocksparse_attention",
+    "column_parallel_dense",
+    "dense",
+    "dense_gelu",
     "export_checks",
+    "mlp",
+    "row_parallel_dense",
     "show_backends",
     "varlen_attention",
     "varlen_attention_kvpacked",
