@@ -12,6 +12,11 @@ from jax_flash.attention import (
     blocksparse_attention,
 )
 from jax_flash.backends import export_checks, show_backends
+from jax_flash.softmax import (
+    scaled_causal_softmax,
+    scaled_masked_softmax,
+    softmax_batch_per_block,
+)
 from jax_flash.varlen import (
     varlen_attention,
     varlen_attention_kvpacked,
@@ -29,7 +34,10 @@ __all__ = [
     "attention_qkvpacked",
     "blocksparse_attention",
     "export_checks",
+    "scaled_causal_softmax",
+    "scaled_masked_softmax",
     "show_backends",
+    "softmax_batch_per_block",
     "varlen_attention",
     "varlen_attention_kvpacked",
     "varlen_attention_qkvpacked",
