@@ -19,6 +19,11 @@ from jax_flash.dense import (
     mlp,
     row_parallel_dense,
 )
+from jax_flash.softmax import (
+    scaled_causal_softmax,
+    scaled_masked_softmax,
+    softmax_batch_per_block,
+)
 from jax_flash.varlen import (
     varlen_attention,
     varlen_attention_kvpacked,
@@ -41,7 +46,10 @@ __all__ = [
     "export_checks",
     "mlp",
     "row_parallel_dense",
+    "scaled_causal_softmax",
+    "scaled_masked_softmax",
     "show_backends",
+    "softmax_batch_per_block",
     "varlen_attention",
     "varlen_attention_kvpacked",
     "varlen_attention_qkvpacked",
