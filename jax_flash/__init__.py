@@ -13,6 +13,18 @@ from jax_flash.attention import (
 )
 from jax_flash.backends import export_checks, show_backends
 from jax_flash.cross_entropy import linear_softmax_cross_entropy, softmax_cross_entropy
+from jax_flash.dense import (
+    column_parallel_dense,
+    dense,
+    dense_gelu,
+    mlp,
+    row_parallel_dense,
+)
+from jax_flash.softmax import (
+    scaled_causal_softmax,
+    scaled_masked_softmax,
+    softmax_batch_per_block,
+)
 from jax_flash.varlen import (
     varlen_attention,
     varlen_attention_kvpacked,
@@ -29,9 +41,17 @@ __all__ = [
     "attention_kvpacked",
     "attention_qkvpacked",
     "blocksparse_attention",
+    "column_parallel_dense",
+    "dense",
+    "dense_gelu",
     "export_checks",
     "linear_softmax_cross_entropy",
+    "mlp",
+    "row_parallel_dense",
+    "scaled_causal_softmax",
+    "scaled_masked_softmax",
     "show_backends",
+    "softmax_batch_per_block",
     "softmax_cross_entropy",
     "varlen_attention",
     "varlen_attention_kvpacked",
