@@ -12,6 +12,7 @@ from jax_flash.attention import (
     blocksparse_attention,
 )
 from jax_flash.backends import export_checks, show_backends
+from jax_flash.rotary import RotaryTable, apply_rotary, apply_rotary_qkvpacked
 from jax_flash.softmax import (
     scaled_causal_softmax,
     scaled_masked_softmax,
@@ -29,6 +30,9 @@ _register.register_all()
 
 __all__ = [
     "AttentionProbs",
+    "RotaryTable",
+    "apply_rotary",
+    "apply_rotary_qkvpacked",
     "attention",
     "attention_kvpacked",
     "attention_qkvpacked",
