@@ -96,8 +96,8 @@ class RotaryTable:
           scale_base: xPos: queries are scaled by z^((p - length // 2) / scale_base), keys by the
             inverse, with z = (2 j + 0.4 dim) / (1.4 dim); 512 is usual. None: no scale.
           interleaved: pairs are (2 j, 2 j + 1), not (j, j + R / 2).
-          dtype: of the arrays. Products are taken in float32 whatever it is, so that only float32
-            keeps the angles of far positions.
+          dtype: of the arrays. Products are taken in float32 (float64 for float64 operands)
+            whatever it is, so that a float32 table serves bfloat16 and float16 best.
 
         Raises:
           TypeError, ValueError: an argument is of the wrong type, or not possible.
@@ -301,7 +301,7 @@ def apply_rotary(
 ) -> jax.Array:
     """Turns the first R elements of each head of queries or keys; the others are copied.
 
-    Products are taken in float32 and rounded once.
+    Products are taken in float32 (float64 for float64) and rounded once.
 
     Args:
       x: [*B, T, N, H], R <= H; float32, bfloat16 or float16.
