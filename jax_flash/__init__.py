@@ -12,6 +12,13 @@ from jax_flash.attention import (
     blocksparse_attention,
 )
 from jax_flash.backends import export_checks, show_backends
+from jax_flash.dense import (
+    column_parallel_dense,
+    dense,
+    dense_gelu,
+    mlp,
+    row_parallel_dense,
+)
 from jax_flash.rotary import RotaryTable, apply_rotary, apply_rotary_qkvpacked
 from jax_flash.softmax import (
     scaled_causal_softmax,
@@ -37,7 +44,12 @@ __all__ = [
     "attention_kvpacked",
     "attention_qkvpacked",
     "blocksparse_attention",
+    "column_parallel_dense",
+    "dense",
+    "dense_gelu",
     "export_checks",
+    "mlp",
+    "row_parallel_dense",
     "scaled_causal_softmax",
     "scaled_masked_softmax",
     "show_backends",
