@@ -12,6 +12,7 @@ from jax_flash.attention import (
     blocksparse_attention,
 )
 from jax_flash.backends import export_checks, show_backends
+from jax_flash.norm import dropout_add_layer_norm, dropout_add_rms_norm, layer_norm, rms_norm
 from jax_flash.varlen import (
     varlen_attention,
     varlen_attention_kvpacked,
@@ -28,7 +29,11 @@ __all__ = [
     "attention_kvpacked",
     "attention_qkvpacked",
     "blocksparse_attention",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "export_checks",
+    "layer_norm",
+    "rms_norm",
     "show_backends",
     "varlen_attention",
     "varlen_attention_kvpacked",
