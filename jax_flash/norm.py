@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ from jax_flash._attention import refuse
 from jax_flash._ops import norm_xla
 from jax_flash._ops._op import is_off, vary_together
 from jax_flash._ops.norm import NormConfig, norm_backward, norm_forward
+from jax_flash.attention import Implementation
 
-Implementation = Literal["cuda", "cpu", "xla"] | None
 _MAX_ROWS = 1 << 32  # a row's number is one word of its dropout counters
 
 _ARGUMENTS = """

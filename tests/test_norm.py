@@ -273,7 +273,7 @@ def test_what_is_dropped_may_be_anything():
     x = np.where(keep, 1.0, np.array([np.nan, np.inf] * 12)).astype(np.float32)
     f = functools.partial(ours, False, dropout_rate=0.5, dropout_key=dropout_key())
     z, gradient = jax.value_and_grad(lambda a: jnp.sum(f(a) ** 3))(
-        dict(x=x, weight=np.ones(24, np.float32))
+        dict(x=x, weight=np.ones(24, np.float32), layerscale=np.full(24, 0.5, np.float32))
     )
     assert np.isfinite(z) and all(np.isfinite(g).all() for g in gradient.values())
     np.testing.assert_array_equal(gradient["x"][~keep], 0)
@@ -571,7 +571,8 @@ def test_no_rows_and_no_compact_rows():
     assert batched.shape == (2, 0, 24)
 
 
-def test_traced_subsets_out_of_range_count_as_none():
+def test_traced_subsets_that_are_refused_elsewhere():
+    """Out of range is none; rows named twice are summed."""
     x, weight = normal(0, 3, 24), jnp.ones(24)
 
     @jax.jit
@@ -583,6 +584,9 @@ def test_traced_subsets_out_of_range_count_as_none():
     tame = f(jnp.array([1, 0, 0, 3]), jnp.array([0, 2, 0, 1]))
     programs.assert_equal(wild, tame)
     assert np.isfinite(wild[0]).all()
+    twice = f(jnp.array([1, 1, 2, 3]), jnp.array([2, 0, 2, 0]))[0]
+    apart = f(jnp.array([1, 1, 2, 3]), jnp.array([1, 0, 2, 0]))[0]
+    np.testing.assert_allclose(twice[1], apart[0] + apart[1], rtol=1e-6)
 
 
 def test_the_same_call_has_the_same_bits():

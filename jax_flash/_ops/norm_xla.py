@@ -153,16 +153,18 @@ def backward(config, x, stream, mean, rsigma, weight, weight1, layerscale, *rest
         ds = ds + dstream.astype(wide)
 
     def branch(index):
-        """(gradient of one branch before layerscale, dlayerscale)."""
-        d = ds
+        """(gradient of one branch, dlayerscale)."""
+        d, rows = ds, None
+        if not _off(layerscale):
+            rows = x.astype(wide) if _off(x_subset) else select(x.astype(wide), x_subset, config)
         if config.dropout_threshold:
             mask = keep_mask(config, dropout_state, row_ids, index, width)
             d = jnp.where(mask, d * dropout.keep_scale(config.dropout_threshold), 0.0)
+            rows = None if rows is None else jnp.where(mask, rows, 0.0)  # it may be NaN
         if not _off(rowscale):
             d = d * rowscale.astype(wide)[..., None]
         dlayerscale = None
-        if not _off(layerscale):
-            rows = x.astype(wide) if _off(x_subset) else select(x.astype(wide), x_subset, config)
+        if rows is not None:
             dlayerscale = _sum_rows(d * rows, config)
             d = d * _over_rows(layerscale, config, wide)
         if not _off(x_subset):
