@@ -12,7 +12,19 @@ from jax_flash.attention import (
     blocksparse_attention,
 )
 from jax_flash.backends import export_checks, show_backends
+from jax_flash.dense import (
+    column_parallel_dense,
+    dense,
+    dense_gelu,
+    mlp,
+    row_parallel_dense,
+)
 from jax_flash.norm import dropout_add_layer_norm, dropout_add_rms_norm, layer_norm, rms_norm
+from jax_flash.softmax import (
+    scaled_causal_softmax,
+    scaled_masked_softmax,
+    softmax_batch_per_block,
+)
 from jax_flash.varlen import (
     varlen_attention,
     varlen_attention_kvpacked,
@@ -29,12 +41,20 @@ __all__ = [
     "attention_kvpacked",
     "attention_qkvpacked",
     "blocksparse_attention",
+    "column_parallel_dense",
+    "dense",
+    "dense_gelu",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "export_checks",
     "layer_norm",
+    "mlp",
     "rms_norm",
+    "row_parallel_dense",
+    "scaled_causal_softmax",
+    "scaled_masked_softmax",
     "show_backends",
+    "softmax_batch_per_block",
     "varlen_attention",
     "varlen_attention_kvpacked",
     "varlen_attention_qkvpacked",

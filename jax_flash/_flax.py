@@ -1,6 +1,6 @@
 """What the Linen and the NNX layers share, in plain JAX: this file imports no Flax.
 
-    layer (linen.py, nnx.py): parameters, random streams, Flax's train/eval switch
+    layer (linen/, nnx/): parameters, random streams, Flax's train/eval switch
       -> here: Flax's arguments become jax_flash's, and what cannot be honoured is refused
         -> attention.py
 

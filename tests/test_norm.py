@@ -493,7 +493,7 @@ def test_sharded_features_are_gathered(spec):
 def test_explicit_mesh_and_shard_map():
     (_, want), _ = on_one_device()
     mesh = mesh_of(8, kind=AxisType.Explicit)
-    with jax.sharding.use_mesh(mesh) if hasattr(jax.sharding, "use_mesh") else jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):
         arrays = put(mesh, whole_arrays(ROWS), P("a"))
         programs.assert_close(jax.jit(jax.grad(value))(arrays), want, 2e-6)
 

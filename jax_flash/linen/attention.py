@@ -5,7 +5,7 @@
     attention_fn: for Flax's own nn.MultiHeadDotProductAttention
 
 `MultiHeadAttention` names and initialises its parameters exactly as Flax's does, so that weights
-move between the two. Needs Flax: `pip install "jax-flash[flax]"`; `import jax_flash` does not.
+move between the two.
 """
 
 import functools
@@ -13,16 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.linen.linear import default_kernel_init
 from jax.typing import ArrayLike
-
-try:
-    from flax import linen as nn
-    from flax.linen.dtypes import promote_dtype
-    from flax.linen.linear import default_kernel_init
-except ImportError as error:
-    raise ImportError(
-        'jax_flash.linen needs Flax, which is not installed: pip install "jax-flash[flax]"'
-    ) from error
 
 from jax_flash import _flax
 from jax_flash.attention import attention

@@ -5,7 +5,7 @@
     attention_fn: for Flax's own nnx.MultiHeadAttention
 
 `MultiHeadAttention` names and initialises its parameters exactly as Flax's does, so that weights
-move between the two. Needs Flax: `pip install "jax-flash[flax]"`; `import jax_flash` does not.
+move between the two.
 """
 
 import functools
@@ -14,16 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_kernel_init
 from jax.typing import ArrayLike
-
-try:
-    from flax import nnx
-    from flax.nnx.nn import dtypes
-    from flax.nnx.nn.linear import default_kernel_init
-except ImportError as error:
-    raise ImportError(
-        'jax_flash.nnx needs Flax, which is not installed: pip install "jax-flash[flax]"'
-    ) from error
 
 from jax_flash import _flax
 from jax_flash.attention import attention

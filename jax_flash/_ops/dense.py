@@ -1,0 +1,194 @@
+"""The dense operators' arithmetic and their joined backward; XLA's matrix products do the work.
+
+    affine       y = x W + b
+    activated    y = act(x W + b)
+    mlp          y = act(x W1 + b1) W2 + b2
+
+What distinguishes them from plain jnp is what the backward keeps and how it adds:
+`checkpoint_level` says what is saved and what computed again, ReLU's derivative is kept as bits,
+and the gradient of a residual is added to the product's before it is rounded. Products are those of
+x's type with float32 accumulation; bias and activation are float32. The activation is taken of the
+pre-activation as it is stored, so that a result does not depend on what is computed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+GATED = {"swiglu": jax.nn.silu, "geglu": functools.partial(jax.nn.gelu, approximate=True)}
+_ELEMENTWISE: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "identity": lambda x: x,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+}
+ACTIVATIONS = (*_ELEMENTWISE, *GATED)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseConfig:
+    """What is static in a call.
+
+    Attributes:
+      activation: one of ACTIVATIONS.
+      checkpoint_level: 0 saves the pre-activation and the activation, 1 the pre-activation, 2
+        neither. With ReLU, whose pre-activation is kept as bits, 1 is as 0.
+      return_residual: x comes back as a second result, whose cotangent is added in the backward.
+    """
+
+    activation: str = "identity"
+    checkpoint_level: int = 0
+    return_residual: bool = False
+
+
+def activate(activation: str, pre: jax.Array) -> jax.Array:
+    """act(pre), in float32; a gated one halves the last axis: act(gate) * up."""
+    pre = pre.astype(jnp.float32)
+    if activation in GATED:
+        gate, up = jnp.split(pre, 2, axis=-1)
+        return GATED[activation](gate) * up
+    return _ELEMENTWISE[activation](pre)
+
+
+def _affine(x, weight, bias) -> jax.Array:
+    """x W + b in x's type."""
+    y = jnp.matmul(x, weight.astype(x.dtype))
+    return y if bias is None else (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
+
+
+def _rows(x) -> jax.Array:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _weight_gradient(x, dy, weight) -> jax.Array:
+    """x^T dY over all rows, accumulated in float32, in the weight's type."""
+    product = jnp.matmul(_rows(x).T, _rows(dy), preferred_element_type=jnp.float32)
+    return product.astype(weight.dtype)
+
+
+def _bias_gradient(dy, bias) -> jax.Array | None:
+    if bias is None:
+        return None
+    return jnp.sum(_rows(dy), axis=0, dtype=jnp.float32).astype(bias.dtype)
+
+
+def _input_gradient(dy, weight, dresidual) -> jax.Array:
+    """dY W^T, plus the residual's gradient, rounded once."""
+    product = jnp.matmul(dy, weight.astype(dy.dtype).T, preferred_element_type=jnp.float32)
+    if dresidual is not None:
+        product += dresidual.astype(jnp.float32)
+    return product.astype(dy.dtype)
+
+
+def _pack(pre) -> jax.Array:
+    """One bit for each element: is it positive? [..., F] -> uint8 [..., ceil(F / 8)]."""
+    if pre.size == 0:  # which packbits cannot reshape
+        return jnp.zeros((*pre.shape[:-1], -(-pre.shape[-1] // 8)), jnp.uint8)
+    return jnp.packbits(pre > 0, axis=-1, bitorder="little")
+
+
+def _activation_gradient(config, saved, dh, width: int, dtype) -> jax.Array:
+    """d(pre) of dh [..., F], float32, rounded to `dtype`; `saved` is pre, or ReLU's bits."""
+    dh = dh.astype(jnp.float32)
+    if config.activation == "relu" and saved.size == 0:
+        return dh.astype(dtype)
+    if config.activation == "relu":
+        is_positive = jnp.unpackbits(saved, axis=-1, count=width, bitorder="little")
+        return jnp.where(is_positive != 0, dh, 0.0).astype(dtype)
+    _, pullback = jax.vjp(functools.partial(activate, config.activation), saved.astype(jnp.float32))
+    return pullback(dh)[0].astype(dtype)
+
+
+# One product, with or without an activation -----------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def activated(config: DenseConfig, x, weight, bias):
+    """act(x W + b) [*B, F], and x if config.return_residual; bias [F] or None."""
+    return _activated_forward(config, x, weight, bias)[0]
+
+
+def _activated_forward(config, x, weight, bias):
+    pre = _affine(x, weight, bias)
+    out = activate(config.activation, pre).astype(x.dtype)
+    saved = None
+    if config.activation == "relu":
+        saved = checkpoint_name(_pack(pre), "dense_relu_bits")
+    elif config.activation != "identity" and config.checkpoint_level < 2:
+        saved = checkpoint_name(pre, "dense_pre_activation")
+    result = (out, x) if config.return_residual else out
+    return result, (x, weight, bias, saved)
+
+
+def _activated_backward(config, residuals, cotangents):
+    x, weight, bias, saved = residuals
+    dout, dresidual = cotangents if config.return_residual else (cotangents, None)
+    dpre = dout
+    if config.activation != "identity":
+        if saved is None:
+            saved = _affine(x, weight, bias)
+        dpre = _activation_gradient(config, saved, dout, weight.shape[-1], x.dtype)
+    return (
+        _input_gradient(dpre, weight, dresidual),
+        _weight_gradient(x, dpre, weight),
+        _bias_gradient(dpre, bias),
+    )
+
+
+activated.defvjp(_activated_forward, _activated_backward)
+
+
+# Two products with an activation between ---------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mlp(config: DenseConfig, x, weight1, bias1, weight2, bias2):
+    """act(x W1 + b1) W2 + b2 [*B, D2], and x if config.return_residual."""
+    return _mlp_forward(config, x, weight1, bias1, weight2, bias2)[0]
+
+
+def _mlp_forward(config, x, weight1, bias1, weight2, bias2):
+    pre = _affine(x, weight1, bias1)
+    hidden = activate(config.activation, pre).astype(x.dtype)
+    out = _affine(hidden, weight2, bias2)
+    saved = kept = None
+    if config.checkpoint_level < 2:
+        if config.activation == "relu":
+            saved = checkpoint_name(_pack(pre), "mlp_relu_bits")
+        else:
+            saved = checkpoint_name(pre, "mlp_pre_activation")
+        if config.checkpoint_level == 0 or config.activation == "relu":
+            kept = checkpoint_name(hidden, "mlp_hidden")
+    result = (out, x) if config.return_residual else out
+    return result, (x, weight1, bias1, weight2, bias2, saved, kept)
+
+
+def _mlp_backward(config, residuals, cotangents):
+    x, weight1, bias1, weight2, bias2, saved, hidden = residuals
+    dout, dresidual = cotangents if config.return_residual else (cotangents, None)
+    if saved is None:
+        pre = _affine(x, weight1, bias1)
+        hidden = activate(config.activation, pre).astype(x.dtype)
+        saved = _pack(pre) if config.activation == "relu" else pre
+    elif hidden is None:
+        hidden = activate(config.activation, saved).astype(x.dtype)
+    dhidden = jnp.matmul(dout, weight2.astype(dout.dtype).T)
+    dpre = _activation_gradient(config, saved, dhidden, weight1.shape[-1], x.dtype)
+    return (
+        _input_gradient(dpre, weight1, dresidual),
+        _weight_gradient(x, dpre, weight1),
+        _bias_gradient(dpre, bias1),
+        _weight_gradient(hidden, dout, weight2),
+        _bias_gradient(dout, bias2),
+    )
+
+
+mlp.defvjp(_mlp_forward, _mlp_backward)

@@ -1,0 +1,131 @@
+"""Flax Linen layers on `jax_flash.dense` and `jax_flash.mlp`: y = act(x W + b) (W2 + b2)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.linen.linear import default_kernel_init
+
+from jax_flash._ops.dense import GATED
+from jax_flash.dense import dense, mlp
+
+__all__ = ["FusedDense", "FusedMLP"]
+
+Initializer = jax.nn.initializers.Initializer
+
+
+class _Affine(nn.Module):
+    """The parameters of Flax's Dense: kernel [D, features] and bias [features]."""
+
+    features: int
+    use_bias: bool
+    param_dtype: Any
+    kernel_init: Initializer
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[jax.Array, jax.Array | None]:
+        shape, dtype = (inputs, self.features), self.param_dtype
+        kernel = self.param("kernel", self.kernel_init, shape, dtype)
+        bias = self.param("bias", self.bias_init, shape[1:], dtype) if self.use_bias else None
+        return kernel, bias
+
+
+class FusedDense(nn.Module, kw_only=True):
+    """`jax_flash.dense` with the parameters of Flax's Dense.
+
+    Attributes:
+      features: columns of the result.
+      use_bias: Default True.
+      activation: "identity", "gelu_tanh", "gelu", "relu", "squared_relu", or gated "swiglu",
+        "geglu", whose kernel has 2 * features columns, gate first. Default "identity".
+      checkpoint_level: 2 computes the pre-activation again in the backward. Default 0.
+      return_residual: the input comes back too, see `jax_flash.dense`. Default False.
+      dtype: of the computation. Default None: that of inputs and parameters together.
+      param_dtype, kernel_init, bias_init: as in Flax's Dense.
+      implementation: None or "xla".
+    """
+
+    features: int
+    use_bias: bool = True
+    activation: str = "identity"
+    checkpoint_level: int = 0
+    return_residual: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """[*B, D] -> [*B, features], or (that, inputs in the computation's type).
+
+        Raises:
+          ValueError: a bad attribute; the message names it.
+        """
+        features = 2 * self.features if self.activation in GATED else self.features
+        shape, dtype = (inputs.shape[-1], features), self.param_dtype
+        kernel = self.param("kernel", self.kernel_init, shape, dtype)
+        bias = self.param("bias", self.bias_init, shape[1:], dtype) if self.use_bias else None
+        inputs, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        return dense(
+            inputs,
+            kernel,
+            bias,
+            activation=self.activation,
+            checkpoint_level=self.checkpoint_level,
+            return_residual=self.return_residual,
+            implementation=self.implementation,
+        )
+
+
+class FusedMLP(nn.Module, kw_only=True):
+    """`jax_flash.mlp`: a transformer's feed-forward block.
+
+    Parameters: `fc1` and `fc2`, each with the kernel and bias of Flax's Dense.
+
+    Attributes:
+      hidden_features: columns between the two products. Default None: 4 D.
+      out_features: columns of the result. Default None: D.
+      use_bias: of both layers. Default True.
+      activation: as in `FusedDense`. Default "gelu_tanh".
+      checkpoint_level: 0, 1 or 2: what is saved for the backward, see `jax_flash.mlp`. Default 0.
+      return_residual, dtype, param_dtype, kernel_init, bias_init, implementation: as there.
+    """
+
+    hidden_features: int | None = None
+    out_features: int | None = None
+    use_bias: bool = True
+    activation: str = "gelu_tanh"
+    checkpoint_level: int = 0
+    return_residual: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """[*B, D] -> [*B, out_features], or (that, inputs in the computation's type).
+
+        Raises:
+          ValueError: a bad attribute; the message names it.
+        """
+        width = inputs.shape[-1]
+        hidden = self.hidden_features or 4 * width
+        common = (self.use_bias, self.param_dtype, self.kernel_init, self.bias_init)
+        columns = 2 * hidden if self.activation in GATED else hidden
+        kernel1, bias1 = _Affine(columns, *common, name="fc1")(width)
+        kernel2, bias2 = _Affine(self.out_features or width, *common, name="fc2")(hidden)
+        operands = promote_dtype(inputs, kernel1, bias1, kernel2, bias2, dtype=self.dtype)
+        return mlp(
+            *operands,
+            activation=self.activation,
+            checkpoint_level=self.checkpoint_level,
+            return_residual=self.return_residual,
+            implementation=self.implementation,
+        )

@@ -1,0 +1,35 @@
+"""Flax NNX layers on jax_flash's operators.
+
+    attention   FlashSelfAttention, FlashCrossAttention, FlashBlocksparseAttention,
+                MultiHeadAttention, and attention_fn for Flax's own layers
+    dense       FusedDense, FusedMLP
+
+Parameters are named, shaped and initialised as Flax's own, so that weights move between the two.
+Needs Flax: `pip install "jax-flash[flax]"`; `import jax_flash` does not.
+"""
+
+try:
+    import flax  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'jax_flash.nnx needs Flax, which is not installed: pip install "jax-flash[flax]"'
+    ) from error
+
+from jax_flash.nnx.attention import (
+    FlashBlocksparseAttention,
+    FlashCrossAttention,
+    FlashSelfAttention,
+    MultiHeadAttention,
+    attention_fn,
+)
+from jax_flash.nnx.dense import FusedDense, FusedMLP
+
+__all__ = [
+    "FlashBlocksparseAttention",
+    "FlashCrossAttention",
+    "FlashSelfAttention",
+    "FusedDense",
+    "FusedMLP",
+    "MultiHeadAttention",
+    "attention_fn",
+]
