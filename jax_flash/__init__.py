@@ -19,6 +19,7 @@ from jax_flash.dense import (
     mlp,
     row_parallel_dense,
 )
+from jax_flash.norm import dropout_add_layer_norm, dropout_add_rms_norm, layer_norm, rms_norm
 from jax_flash.rotary import RotaryTable, apply_rotary, apply_rotary_qkvpacked
 from jax_flash.softmax import (
     scaled_causal_softmax,
@@ -47,8 +48,12 @@ __all__ = [
     "column_parallel_dense",
     "dense",
     "dense_gelu",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "export_checks",
+    "layer_norm",
     "mlp",
+    "rms_norm",
     "row_parallel_dense",
     "scaled_causal_softmax",
     "scaled_masked_softmax",

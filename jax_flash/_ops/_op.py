@@ -43,7 +43,8 @@ class Signature:
       operands, results: names of each array's axes, first BATCH where it has the batch axes; ()
         for an operand that is off.
       shardable: names (besides the batch axes) along which devices may share the call, with the
-        number of equal parts it falls into: {"N": kv_heads}.
+        number of equal parts it falls into: {"N": kv_heads}. A result without such an axis is the
+        sum over the devices that share it.
       aliases: names that are cut wherever another is, one to each part: {"K": "N"}. Where several
         devices share a part, such an axis stays whole: each device takes its own one from it, and
         results with this axis are sums over devices.
@@ -62,12 +63,14 @@ class _Cut(NamedTuple):
       operands, results: a PartitionSpec for each array.
       operand_places, result_places: for each array the (axis, mesh axes) that stays whole though
         the call is cut by it, or None.
+      result_sums: for each result the mesh axes that cut the call along an axis it has not.
     """
 
     operands: list[PartitionSpec]
     results: list[PartitionSpec]
     operand_places: list[tuple[int, tuple[str, ...]] | None]
     result_places: list[tuple[int, tuple[str, ...]] | None]
+    result_sums: list[tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,8 +240,17 @@ class Op:
                 for axes in arrays
             ]
 
+        def missing(axes):  # mesh axes over which a result is a sum
+            own = {signature.aliases.get(name, name) for name in axes}
+            entries = [chosen[name] for name in signature.shardable if name in chosen.keys() - own]
+            return tuple(a for e in entries for a in ((e,) if isinstance(e, str) else e))
+
         return _Cut(
-            specs(operand_axes), specs(result_axes), places(operand_axes), places(result_axes)
+            specs(operand_axes),
+            specs(result_axes),
+            places(operand_axes),
+            places(result_axes),
+            [missing(axes) for axes in result_axes],
         )
 
     def _partitioned(self, *operands, config):
@@ -265,15 +277,17 @@ class Op:
         def partition(mesh, arg_shapes, result_shapes):
             c = cut(mesh, arg_shapes)
             takes = [c.operand_places[i] for i in on]
-            sums = [c.result_places[i] for i in on_results]
+            gives = [c.result_places[i] for i in on_results]
+            sums = [c.result_sums[i] for i in on_results]
 
             def share(*shards):
                 own = (_own_part(x, place, mesh) for x, place in zip(shards, takes, strict=True))
                 wholes = (results[i].shape for i in on_results)
-                return tuple(
+                placed = (
                     _sum_of_parts(x, place, mesh, whole)
-                    for x, place, whole in zip(one_shard(*own), sums, wholes, strict=True)
+                    for x, place, whole in zip(one_shard(*own), gives, wholes, strict=True)
                 )
+                return tuple(_sum_over(x, axes) for x, axes in zip(placed, sums, strict=True))
 
             def local(*shards):
                 # A shard knows of no mesh: a sharding named in here would outlive the partitioner.
@@ -391,6 +405,13 @@ def _sum_of_parts(x, place, mesh, whole: Sequence[int]):
     full = jnp.zeros((*x.shape[:axis], whole[axis], *x.shape[axis + 1 :]), wide)
     full = jax.lax.dynamic_update_slice_in_dim(full, x.astype(wide), at, axis)
     return jax.lax.psum(full, mesh_axes).astype(x.dtype)
+
+
+def _sum_over(x, mesh_axes: tuple[str, ...]):
+    if not mesh_axes:
+        return x
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.psum(x.astype(wide), mesh_axes).astype(x.dtype)
 
 
 def _shardy_rule(signature, operand_axes, result_axes, sizes):
