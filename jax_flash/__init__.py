@@ -20,6 +20,8 @@ from jax_flash.dense import (
     mlp,
     row_parallel_dense,
 )
+from jax_flash.norm import dropout_add_layer_norm, dropout_add_rms_norm, layer_norm, rms_norm
+from jax_flash.rotary import RotaryTable, apply_rotary, apply_rotary_qkvpacked
 from jax_flash.softmax import (
     scaled_causal_softmax,
     scaled_masked_softmax,
@@ -37,6 +39,9 @@ _register.register_all()
 
 __all__ = [
     "AttentionProbs",
+    "RotaryTable",
+    "apply_rotary",
+    "apply_rotary_qkvpacked",
     "attention",
     "attention_kvpacked",
     "attention_qkvpacked",
@@ -44,9 +49,13 @@ __all__ = [
     "column_parallel_dense",
     "dense",
     "dense_gelu",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "export_checks",
+    "layer_norm",
     "linear_softmax_cross_entropy",
     "mlp",
+    "rms_norm",
     "row_parallel_dense",
     "scaled_causal_softmax",
     "scaled_masked_softmax",

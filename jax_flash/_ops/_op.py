@@ -43,18 +43,21 @@ class Signature:
       operands, results: names of each array's axes, first BATCH where it has the batch axes; ()
         for an operand that is off.
       shardable: names (besides the batch axes) along which devices may share the call, with the
-        number of equal parts it falls into: {"N": kv_heads}.
+        number of equal parts it falls into: {"N": kv_heads}. A result without such an axis is the
+        sum over the devices that share it.
       aliases: names that are cut wherever another is, one to each part: {"K": "N"}. Where several
         devices share a part, such an axis stays whole: each device takes its own one from it, and
         results with this axis are sums over devices.
-      join: (run, operands, cuts) -> results, where a part's results are not yet the call's:
-        run(operands) computes a part, `cuts` are the mesh axes that each cut name lies on.
+      enter: (operands, cuts) -> a device's operands, where their values count from the call's
+        first column; `cuts` are the mesh axes that each cut name lies on.
+      join: (results, cuts) -> the call's results, where they are no sums over the devices.
     """
 
     operands: tuple[Axes, ...]
     results: tuple[Axes, ...]
     shardable: dict[str, int]
     aliases: dict[str, str]
+    enter: Callable[..., Sequence[jax.Array]] | None = None
     join: Callable[..., Sequence[jax.Array]] | None = None
 
 
@@ -65,6 +68,7 @@ class _Cut(NamedTuple):
       operands, results: a PartitionSpec for each array.
       operand_places, result_places: for each array the (axis, mesh axes) that stays whole though
         the call is cut by it, or None.
+      result_sums: for each result the mesh axes that cut the call along an axis it has not.
       axes: the mesh axes of each name that is cut.
     """
 
@@ -72,6 +76,7 @@ class _Cut(NamedTuple):
     results: list[PartitionSpec]
     operand_places: list[tuple[int, tuple[str, ...]] | None]
     result_places: list[tuple[int, tuple[str, ...]] | None]
+    result_sums: list[tuple[str, ...]]
     axes: dict[str, tuple[str, ...]]
 
 
@@ -242,16 +247,20 @@ class Op:
                 for axes in arrays
             ]
 
+        cuts = {n: (e,) if isinstance(e, str) else tuple(e) for n, e in chosen.items() if e}
+
+        def missing(axes):  # mesh axes over which a result is a sum
+            own = {signature.aliases.get(name, name) for name in axes}
+            others = [name for name in signature.shardable if name in cuts.keys() - own]
+            return tuple(axis for name in others for axis in cuts[name])
+
         return _Cut(
             specs(operand_axes),
             specs(result_axes),
             places(operand_axes),
             places(result_axes),
-            {
-                name: (entry,) if isinstance(entry, str) else tuple(entry)
-                for name, entry in chosen.items()
-                if entry
-            },
+            [() if signature.join else missing(axes) for axes in result_axes],
+            cuts,
         )
 
     def _partitioned(self, *operands, config):
@@ -261,15 +270,16 @@ class Op:
         on = [i for i, x in enumerate(operands) if not is_off(x)]
         on_results = [i for i, x in enumerate(results) if not is_off(x)]
 
-        def run(full):
-            return self._local.bind(*vary_together(*full), config=config)
-
-        def one_shard(run, *shards):
+        def one_shard(*shards, cuts=None):
             given = iter(shards)
             full = [
                 next(given) if i in on else jnp.zeros(a.shape, a.dtype) for i, a in enumerate(avals)
             ]
-            out = run(full)
+            if cuts and signature.enter:
+                full = signature.enter(full, cuts)
+            out = self._local.bind(*vary_together(*full), config=config)
+            if cuts and signature.join:
+                out = signature.join(out, cuts)
             return tuple(out[i] for i in on_results)
 
         def cut(mesh, arg_shapes):
@@ -281,19 +291,18 @@ class Op:
         def partition(mesh, arg_shapes, result_shapes):
             c = cut(mesh, arg_shapes)
             takes = [c.operand_places[i] for i in on]
-            sums = [c.result_places[i] for i in on_results]
-            part = run
-            if signature.join is not None:
-                part = functools.partial(signature.join, run, cuts=c.axes)
+            gives = [c.result_places[i] for i in on_results]
+            sums = [c.result_sums[i] for i in on_results]
 
             def share(*shards):
                 own = (_own_part(x, place, mesh) for x, place in zip(shards, takes, strict=True))
                 wholes = (results[i].shape for i in on_results)
-                parts = one_shard(part, *own)
-                return tuple(
+                parts = one_shard(*own, cuts=c.axes)
+                placed = (
                     _sum_of_parts(x, place, mesh, whole)
-                    for x, place, whole in zip(parts, sums, wholes, strict=True)
+                    for x, place, whole in zip(parts, gives, wholes, strict=True)
                 )
+                return tuple(_sum_over(x, axes) for x, axes in zip(placed, sums, strict=True))
 
             def local(*shards):
                 # A shard knows of no mesh: a sharding named in here would outlive the partitioner.
@@ -311,7 +320,7 @@ class Op:
             specs = cut(mesh, arg_shapes).results
             return tuple(NamedSharding(mesh, specs[i]) for i in on_results)
 
-        call = custom_partitioning(functools.partial(one_shard, run))
+        call = custom_partitioning(lambda *whole: one_shard(*whole))
         signature, operand_axes, result_axes, sizes = self._named_axes(config, avals)
         rule, factors = _shardy_rule(
             signature, [operand_axes[i] for i in on], [result_axes[i] for i in on_results], sizes
@@ -411,6 +420,13 @@ def _sum_of_parts(x, place, mesh, whole: Sequence[int]):
     full = jnp.zeros((*x.shape[:axis], whole[axis], *x.shape[axis + 1 :]), wide)
     full = jax.lax.dynamic_update_slice_in_dim(full, x.astype(wide), at, axis)
     return jax.lax.psum(full, mesh_axes).astype(x.dtype)
+
+
+def _sum_over(x, mesh_axes: tuple[str, ...]):
+    if not mesh_axes:
+        return x
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.psum(x.astype(wide), mesh_axes).astype(x.dtype)
 
 
 def _shardy_rule(signature, operand_axes, result_axes, sizes):

@@ -61,13 +61,6 @@ def _scaled(config, logits):
     return logits.astype(_wide(logits.dtype)) * config.scale
 
 
-def _sum_over(x, mesh_axes: tuple[str, ...]):
-    """The sum over devices, at least in float32."""
-    if not mesh_axes or is_off(x):
-        return x
-    return jax.lax.psum(x.astype(_wide(x.dtype)), mesh_axes).astype(x.dtype)
-
-
 def combine(statistics, axis_name):
     """The statistics of whole rows from those of equal parts of the vocabulary, one a device.
 
@@ -94,18 +87,20 @@ def _total_axes(config):
     return (BATCH,) if config.with_total else ()
 
 
-def _join_forward(run, operands, cuts):
-    logits, labels = operands
-    if not (axes := cuts.get("V")):
-        return run(operands)
-    return combine(run((logits, own_labels(labels, logits.shape[-1], axes))), axes)
+def _enter(labels_at: int, columns_of: int):
+    """For `Signature.enter`: where the labels are, and an operand whose last axis is V."""
+
+    def enter(operands, cuts):
+        if "V" not in cuts:
+            return operands
+        labels = own_labels(operands[labels_at], operands[columns_of].shape[-1], cuts["V"])
+        return [*operands[:labels_at], labels, *operands[labels_at + 1 :]]
+
+    return enter
 
 
-def _join_backward(run, operands, cuts):
-    logits, labels, *rest = operands
-    if axes := cuts.get("V"):
-        labels = own_labels(labels, logits.shape[-1], axes)
-    return run((logits, labels, *rest))
+def _join(statistics, cuts):
+    return combine(statistics, cuts["V"]) if "V" in cuts else statistics
 
 
 def _forward_signature(config, logits, labels) -> Signature:
@@ -114,7 +109,8 @@ def _forward_signature(config, logits, labels) -> Signature:
         results=((BATCH,), (BATCH,), _total_axes(config)),
         shardable={"V": logits.shape[-1]},
         aliases={},
-        join=_join_forward,
+        enter=_enter(1, 0),
+        join=_join,
     )
 
 
@@ -124,7 +120,7 @@ def _backward_signature(config, logits, *rows) -> Signature:
         results=((BATCH, "V"),),
         shardable={"V": logits.shape[-1]},
         aliases={},
-        join=_join_backward,
+        enter=_enter(1, 0),
     )
 
 
@@ -180,10 +176,6 @@ def _row_names(config) -> tuple[str, ...]:
     return tuple(f"R{i}" for i in range(config.row_axes))
 
 
-def _rows_cut(config, cuts) -> tuple[str, ...]:
-    return tuple(axis for name in _row_names(config) for axis in cuts.get(name, ()))
-
-
 def _linear_axes(config, bias):
     rows = (BATCH, *_row_names(config))
     tensors = ((*rows, "D"), (BATCH, "D", "V"), () if is_off(bias) else (BATCH, "V"))
@@ -195,14 +187,6 @@ def _linear_shardable(config, hidden, weight) -> dict[str, int]:
     return {"V": weight.shape[-1], **dict(zip(_row_names(config), rows, strict=True))}
 
 
-def _join_linear_forward(run, operands, cuts):
-    hidden, weight, bias, labels = operands
-    if not (axes := cuts.get("V")):
-        return run(operands)
-    labels = own_labels(labels, weight.shape[-1], axes)
-    return combine(run((hidden, weight, bias, labels)), axes)
-
-
 def _linear_forward_signature(config, hidden, weight, bias, labels) -> Signature:
     tensors, rows, total = _linear_axes(config, bias)
     return Signature(
@@ -210,28 +194,19 @@ def _linear_forward_signature(config, hidden, weight, bias, labels) -> Signature
         results=(rows, rows, total),
         shardable=_linear_shardable(config, hidden, weight),
         aliases={},
-        join=_join_linear_forward,
+        enter=_enter(3, 1),
+        join=_join,
     )
 
 
 def _linear_backward_signature(config, hidden, weight, bias, *rest) -> Signature:
     tensors, rows, total = _linear_axes(config, bias)
-
-    def join(run, operands, cuts):
-        """dhidden is a sum over the vocabulary's parts, dweight and dbias over the tokens'."""
-        columns, tokens = cuts.get("V", ()), _rows_cut(config, cuts)
-        if columns:
-            labels = own_labels(operands[3], operands[1].shape[-1], columns)
-            operands = (*operands[:3], labels, *operands[4:])
-        dhidden, dweight, dbias = run(operands)
-        return _sum_over(dhidden, columns), _sum_over(dweight, tokens), _sum_over(dbias, tokens)
-
     return Signature(
         operands=(*tensors, rows, rows, rows, rows, total),
         results=tensors,
         shardable=_linear_shardable(config, hidden, weight),
         aliases={},
-        join=join,
+        enter=_enter(3, 1),
     )
 
 

@@ -1,0 +1,216 @@
+"""The two primitives of LayerNorm and RMSNorm over a residual stream: operands, shapes, sharding.
+
+    norm_forward (x, x1, residual, weight, bias, weight1, bias1, layerscale, *options)
+        -> z, z1, stream, mean, rsigma, mask, mask1
+    norm_backward(x, stream, mean, rsigma, weight, weight1, layerscale, dz, dz1, dstream, *options)
+        -> dx, dx1, dresidual, dweight, dbias, dweight1, dbias1, dlayerscale
+
+    options = rowscale, x_subset, out_subset, dropout_state, row_ids
+
+An operand of shape (0,) is off, and so is a result that the call has no use for:
+stream where it is x itself, dresidual and dx1 where they equal dx. The names R0, R1, ... are the
+axes of rows, along which devices share a call; sums over rows (dweight and its like) are then sums
+over the devices. The axis of features is always whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash._ops import norm_xla
+from jax_flash._ops._op import BATCH, Implementation, Op, Signature, is_off
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """What is static in a call.
+
+    Attributes:
+      epsilon: added to the variance (mean square), inside the root.
+      is_rms: RMSNorm, without mean.
+      row_axes: number of axes of rows.
+      stream_dtype: of the residual stream, "float32" or x's.
+      write_stream: the forward returns the stream.
+      return_mask: the forward returns the dropout mask.
+      has_residual, has_x1, has_bias, has_bias1: which gradients the backward gives.
+      x_rows, out_rows: rows of a compact x and of a compact z, where subsets are given.
+      dropout_threshold: 16-bit draws below it drop; 0: no dropout.
+      implementation: None (by platform) or "xla".
+    """
+
+    epsilon: float
+    is_rms: bool
+    row_axes: int
+    stream_dtype: str
+    write_stream: bool = True
+    return_mask: bool = False
+    has_residual: bool = False
+    has_x1: bool = False
+    has_bias: bool = False
+    has_bias1: bool = False
+    x_rows: int = 0
+    out_rows: int = 0
+    dropout_threshold: int = 0
+    implementation: str | None = None
+
+    def adds_unchanged(self, layerscale, rowscale, x_subset) -> bool:
+        """x joins the stream as it is: the gradient of both is the same array."""
+        return self.dropout_threshold == 0 and all(map(is_off, (layerscale, rowscale, x_subset)))
+
+
+# Axis names --------------------------------------------------------------------------------------
+
+
+def _axes(config):
+    """Names of (rows, x, residual and stream, z, vectors of the width, options)."""
+    rows = (BATCH, *(f"R{i}" for i in range(config.row_axes)))
+    options = (rows, rows, rows, (BATCH, "four"), rows)
+    return rows, (BATCH, "D"), options
+
+
+def _signature_of(names, config, operands, results) -> Signature:
+    operand_axes = [() if is_off(x) else a for x, a in zip(operands, names[0], strict=True)]
+    result_axes = [() if is_off(x) else a for x, a in zip(results, names[1], strict=True)]
+    rows = _axes(config)[0]
+    sizes = {
+        name: n
+        for x, axes in zip(operands, operand_axes, strict=True)
+        for name, n in zip(reversed(axes), reversed(x.shape))
+        if name in rows[1:]
+    }
+    return Signature(tuple(operand_axes), tuple(result_axes), sizes, {})
+
+
+def _forward_names(config, operands):
+    rows, vector, options = _axes(config)
+    x_subset, out_subset = operands[-4:-2]
+    full = (*rows, "D")
+    x = full if is_off(x_subset) else (BATCH, "M", "D")
+    z = full if is_off(out_subset) else (BATCH, "Z", "D")
+    return (
+        (x, x, full, *(vector,) * 5, *options),
+        (z, z, full, rows, rows, full, full),
+    )
+
+
+def _backward_names(config, operands):
+    rows, vector, options = _axes(config)
+    x_subset, out_subset = operands[-4:-2]
+    full = (*rows, "D")
+    x = full if is_off(x_subset) else (BATCH, "M", "D")
+    z = full if is_off(out_subset) else (BATCH, "Z", "D")
+    return (
+        (x, full, rows, rows, *(vector,) * 3, z, z, full, *options),
+        (x, x, full, *(vector,) * 5),
+    )
+
+
+def _forward_signature(config, *operands) -> Signature:
+    results = _forward_results(config, *operands)
+    return _signature_of(_forward_names(config, operands), config, operands, results)
+
+
+def _backward_signature(config, *operands) -> Signature:
+    results = _backward_results(config, *operands)
+    return _signature_of(_backward_names(config, operands), config, operands, results)
+
+
+# Shapes ------------------------------------------------------------------------------------------
+
+
+def _lead_and_rows(names, operands):
+    """(batch axes of the call, axes of rows)."""
+    leads, rows = [], ()
+    for x, axes in zip(operands, names, strict=True):
+        if is_off(x):
+            continue
+        n = len(x.shape) - len(axes) + 1
+        leads.append(x.shape[:n])
+        named = tuple(size for size, name in zip(x.shape[n:], axes[1:]) if name.startswith("R"))
+        rows = named or rows
+    return jnp.broadcast_shapes(*leads), rows
+
+
+_OFF = jax.ShapeDtypeStruct((0,), jnp.float32)
+
+
+def _forward_results(config, *operands):
+    x, x1, _, weight, _, weight1, _, _, _, _, out_subset, _, _ = operands
+    lead, rows = _lead_and_rows(_forward_names(config, operands)[0], operands)
+    width, wide = weight.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
+
+    def array(on, shape, dtype):
+        return jax.ShapeDtypeStruct((*lead, *shape), dtype) if on else _OFF
+
+    z = (*rows, width) if is_off(out_subset) else (config.out_rows, width)
+    masked = config.return_mask
+    return (
+        array(True, z, x.dtype),
+        array(not is_off(weight1), z, x.dtype),
+        array(config.write_stream, (*rows, width), jnp.dtype(config.stream_dtype)),
+        array(not config.is_rms, rows, wide),
+        array(True, rows, wide),
+        array(masked, (*rows, width), jnp.bool_),
+        array(masked and not is_off(x1), (*rows, width), jnp.bool_),
+    )
+
+
+def _backward_results(config, *operands):
+    _, stream, _, rsigma, weight, weight1, layerscale, dz, *_ = operands
+    rowscale, x_subset = operands[-5:-3]
+    lead, rows = _lead_and_rows(_backward_names(config, operands)[0], operands)
+    width, wide = weight.shape[-1], rsigma.dtype
+
+    def array(on, shape, dtype):
+        return jax.ShapeDtypeStruct((*lead, *shape), dtype) if on else _OFF
+
+    same = config.adds_unchanged(layerscale, rowscale, x_subset)
+    x = (*rows, width) if is_off(x_subset) else (config.x_rows, width)
+    return (
+        array(True, x, dz.dtype),
+        array(config.has_x1 and config.dropout_threshold != 0, x, dz.dtype),
+        array(
+            config.has_residual and not (same and stream.dtype == dz.dtype),
+            (*rows, width),
+            stream.dtype,
+        ),
+        array(True, (width,), wide),
+        array(config.has_bias, (width,), wide),
+        array(not is_off(weight1), (width,), wide),
+        array(config.has_bias1, (width,), wide),
+        array(not is_off(layerscale), (width,), wide),
+    )
+
+
+def _xla(function, results):
+    """The formulas broadcast; the primitive promises full shapes and types."""
+
+    def run(config, *operands):
+        promised = results(config, *operands)
+        return tuple(
+            jnp.zeros(p.shape, p.dtype)
+            if is_off(p)
+            else jnp.broadcast_to(x, p.shape).astype(p.dtype)
+            for x, p in zip(function(config, *operands), promised, strict=True)
+        )
+
+    return Implementation("xla", run)
+
+
+norm_forward = Op(
+    "norm_forward",
+    signature=_forward_signature,
+    results=_forward_results,
+    native={},
+    xla=_xla(norm_xla.forward, _forward_results),
+)
+norm_backward = Op(
+    "norm_backward",
+    signature=_backward_signature,
+    results=_backward_results,
+    native={},
+    xla=_xla(norm_xla.backward, _backward_results),
+)
