@@ -290,6 +290,28 @@ def test_vmap_of_any_operand(case):
     assert_close(jax.jit(jax.vmap(f, axes))(*given), want)
 
 
+def test_vmap_of_packed_operands_with_two_tables():
+    qkv, table = normal(0, 4, T, 3, N, H), table_of(scale_base=16.0)
+    starts = jnp.array([0, 3, 9, 18], jnp.int32)
+
+    def f(qkv, at, cos_k):
+        own = RotaryTable(table.cos, table.sin, cos_k, table.sin_k)
+        call = functools.partial(apply_rotary_qkvpacked, table=own, offsets=at)
+        return with_gradient(call, qkv, jnp.cos(qkv))
+
+    cos_k = jnp.stack([table.cos_k + i for i in range(4)])
+    each = [f(qkv[i], starts[i], cos_k[i]) for i in range(4)]
+    want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    assert_close(jax.jit(jax.vmap(f))(qkv, starts, cos_k), want)
+
+
+def test_lowers_for_cuda():
+    """Without a GPU, and without a custom call: no kernel serves it yet."""
+    f = jax.jit(jax.grad(lambda x: jnp.sum(apply_rotary(x, table_of()))))
+    lowered = f.trace(normal(0, B, T, N, H)).lower(lowering_platforms=("cuda",))
+    assert "jax_flash" not in lowered.as_text() and "stablehlo.gather" in lowered.as_text()
+
+
 def test_jit_scan_and_export():
     """The table is an argument like any other, its form a static part of it."""
     table = jax.device_put(table_of(interleaved=True))
