@@ -38,6 +38,7 @@ _OPTIONS = """
       z_loss: factor, >= 0, of lse^2, which the loss of each row has added to it.
       logit_scale: factor on the logits.
       reduction: "mean" over the rows that are not ignored (0 where all are), "sum", or "none".
+        Under shard_map, as everywhere in it, of the rows that the device has.
       return_lse: also return lse of the scaled logits, float32 [*B]; differentiable.
       axis_name: under shard_map, pmap or vmap: the vocabulary lies on this axis (or these), an
         equal part on each device in the order of their indices; labels count through all of it.
@@ -69,6 +70,13 @@ def _documented(function):
 # The custom VJPs ----------------------------------------------------------------------------------
 
 
+def _sharded_as(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
+    """With explicit axes: an operand that was gathered, or cut, has its gradient put back so."""
+    spec = jax.typeof(primal).sharding.spec
+    same = tuple(jax.typeof(cotangent).sharding.spec) == tuple(spec)
+    return cotangent if same else jax.sharding.reshard(cotangent, spec)
+
+
 def _differentiable(forward: ops.Op, backward: ops.Op, formula: Callable):
     """statistics(config, tensors, labels) -> lse, label_logit, total: `forward`, with `backward`.
 
@@ -90,7 +98,8 @@ def _differentiable(forward: ops.Op, backward: ops.Op, formula: Callable):
         return (lse, *others), (tensors, labels, lse)
 
     def statistics_backward(config, residuals, cotangents):
-        return tuple(gradients(config, *residuals, tuple(cotangents))), None
+        of_tensors = gradients(config, *residuals, tuple(cotangents))
+        return tuple(map(_sharded_as, of_tensors, residuals[0])), None
 
     def gradients_forward(config, *operands):
         return gradients(config, *operands), operands
@@ -315,7 +324,8 @@ def linear_softmax_cross_entropy(
     forward and once more in the backward, which adds the weight's gradient up in float32. Under
     `jit`, tokens shard freely: their devices add up the gradients of weight and bias, the only
     traffic. Where weight and bias are sharded by the vocabulary, devices exchange three or four
-    numbers a token, and add up the gradient of hidden. A sharded D is gathered.
+    numbers a token, and add up the gradient of hidden. A sharded D is gathered. `jax.export` needs
+    the number of tokens: it may not be a symbol.
 
     Args:
       hidden: [*B, D], any number of leading axes; bfloat16, float16, float32, float64.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.ad_checkpoint import checkpoint_policies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -421,6 +422,16 @@ def test_scan_and_lowering_for_cuda():
     assert "exponential" in text
 
 
+def test_export_for_any_number_of_rows():
+    (rows,) = export.symbolic_shape("rows")
+    shapes = jax.ShapeDtypeStruct((rows, 9), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    gradient = jax.grad(functools.partial(jax_flash.softmax_cross_entropy, z_loss=0.1))
+    exported = export.export(jax.jit(gradient), platforms=("cpu", "cuda"))(*shapes)
+    logits, labels = normal(0, 5, 9), some_labels(1, (5,), 9)
+    loaded = export.deserialize(exported.serialize())
+    assert_close(loaded.call(logits, labels), jax.jit(gradient)(logits, labels))
+
+
 # Memory -------------------------------------------------------------------------------------------
 
 
@@ -599,12 +610,27 @@ def test_jit_of_the_sharded_linear_form(case):
         assert run(forward, *arrays)[1] == {}
 
 
-def test_a_sharded_width_is_gathered():
-    mesh = mesh_of(4)
-    specs = (P(None, None, "a"), P("a"), P(), P())
-    results, traffic = run(linear_program, *put(mesh, linear_operands(), specs))
+# Specs of hidden, weight, bias where something must be gathered, or cut, before devices can begin.
+MOVED = {
+    "width": (P(None, None, "a"), P("a"), P(), P()),
+    "width_of_the_weight_alone": (P("a"), P("a"), P(), P("a")),
+    "one_axis_for_rows_and_vocabulary": (P("a"), P(None, "a"), P("a"), P("a")),
+    "bias_alone": (P(), P(), P("a"), P()),
+}
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_operands_that_disagree(case):
+    """With explicit axes the gradients have the sharding of their operands all the same."""
+    kind = AxisType.Auto if case == "width" else AxisType.Explicit
+    mesh, specs = mesh_of(4, kind=kind), MOVED[case]
+    with jax.set_mesh(mesh):
+        results, traffic = run(linear_program, *put(mesh, linear_operands(), specs))
     assert "all-gather" in traffic
     assert_close(jax.device_get(results), linear_want(), 2e-6)
+    if kind == AxisType.Explicit:
+        for gradient, spec in zip(results[1], specs, strict=False):
+            assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, spec), gradient.ndim)
 
 
 def test_a_vocabulary_that_devices_cannot_share_equally():
@@ -682,6 +708,28 @@ def test_the_gradient_inside_shard_map_and_a_mean():
         jax.device_get(jax.jit(mapped)(logits, labels)),
         jax.device_get(jax.jit(jax.value_and_grad(call))(logits, labels)),
     )
+
+
+def test_second_derivatives_of_a_shared_vocabulary():
+    logits, labels = normal(0, 6, 12), some_labels(1, (6,), 12)
+    call = rows_of(jax_flash.softmax_cross_entropy, **CHOSEN)
+    want = hessian_product(lambda x: weighted(*call(x, labels)), (logits,))
+    spec = P(None, "a")
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = mesh_of(4, kind=kind)
+        with jax.set_mesh(mesh):
+            got = hessian_product(
+                lambda x: weighted(*call(x, labels)), tuple(put(mesh, (logits,), (spec,)))
+            )
+        assert_close(jax.device_get(got), jax.device_get(want))
+    mapped = jax.shard_map(
+        lambda x: call(x, labels, axis_name="a"),
+        mesh=mesh_of(4),
+        in_specs=spec,
+        out_specs=(P(), P()),
+    )
+    got = hessian_product(lambda x: weighted(*mapped(x)), (logits,))
+    assert_close(jax.device_get(got), jax.device_get(want))
 
 
 def test_shares_of_the_vocabulary_that_hold_nothing_or_nan():
