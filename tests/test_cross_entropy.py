@@ -43,6 +43,9 @@ def some_labels(seed, shape, vocabulary, ignore=IGNORED):
     return np.where(rng.random(shape) < 0.2, ignore, labels).astype(np.int32)
 
 
+@functools.partial(
+    jax.jit, static_argnames=("label_smoothing", "ignore_index", "z_loss", "logit_scale")
+)
 def plain_loss(
     logits, labels, *, label_smoothing=0.0, ignore_index=IGNORED, z_loss=0.0, logit_scale=1.0
 ):
@@ -87,7 +90,7 @@ def test_options(dtype, option):
     check_logits(dtype, (3, 5), 67, OPTIONS[option])
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 8, 24, 997, 50257])
+@pytest.mark.parametrize("vocabulary", [1, 8, 997, 50257])
 def test_vocabularies(vocabulary):
     check_logits("bfloat16", (7,), vocabulary, dict(label_smoothing=0.2, z_loss=1e-3))
 
@@ -183,17 +186,18 @@ def test_reductions():
 
 def test_a_row_alone_and_float64():
     logits = normal(0, 13)
-    loss, lse = rows_of(jax_flash.softmax_cross_entropy)(logits, 4)
+    loss, lse = jax.jit(rows_of(jax_flash.softmax_cross_entropy))(logits, 4)
     assert loss.shape == lse.shape == ()
     assert_close(loss, -jax.nn.log_softmax(logits)[4])
     weight = normal(1, 13, 6)
     assert_close(
-        jax_flash.linear_softmax_cross_entropy(logits, weight, 4),
+        jax.jit(jax_flash.linear_softmax_cross_entropy)(logits, weight, 4),
         -jax.nn.log_softmax(logits @ weight)[4],
     )
     with jax.enable_x64(True):
         wide = np.random.default_rng(0).standard_normal((3, 7))
-        loss = jax_flash.softmax_cross_entropy(wide, np.arange(3), reduction="none")
+        call = functools.partial(jax_flash.softmax_cross_entropy, reduction="none")
+        loss = jax.jit(call)(wide, np.arange(3))
         assert loss.dtype == jnp.float64
         exact = reference.forward(wide, np.arange(3)).loss
         np.testing.assert_allclose(loss, exact, rtol=1e-14)
@@ -207,7 +211,7 @@ def test_the_chunk_changes_no_more_than_orders_of_sums():
         return jax.jit(jax.value_and_grad(call, (0, 1)))(hidden, weight, labels)
 
     want = of(300)
-    for chunk in (None, 7, 150):
+    for chunk in (None, 7):
         assert_close(of(chunk), want)
 
 
@@ -268,10 +272,10 @@ def test_a_label_that_is_no_class_makes_its_row_nan():
     np.testing.assert_array_equal(np.isnan(gradient[0]).all(-1), bad)
     assert np.isfinite(gradient[0][~bad]).all()
     assert_close(loss[~bad], plain_loss(logits[~bad], labels[~bad])[0])
-    assert np.isnan(jax_flash.softmax_cross_entropy(logits, labels))
+    assert np.isnan(jax.jit(jax_flash.softmax_cross_entropy)(logits, labels))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32"])
+@pytest.mark.parametrize("dtype", ["int8", "uint32"])
 def test_types_of_labels(dtype):
     """Also where ignore_index, or a class, is no number of the type."""
     logits = normal(0, 3, 300)
@@ -414,7 +418,7 @@ def test_scan_and_lowering_for_cuda():
     def step(sum_, x):
         return sum_ + jax_flash.softmax_cross_entropy(*x), None
 
-    got, _ = jax.lax.scan(step, jnp.float32(0), (logits, labels))
+    got, _ = jax.jit(lambda *x: jax.lax.scan(step, jnp.float32(0), x))(logits, labels)
     rows = plain_loss(logits, labels)[0]
     assert_close(got, sum(r.sum() / (n != IGNORED).sum() for r, n in zip(rows, labels)))
     gradient = jax.jit(jax.grad(jax_flash.softmax_cross_entropy))
