@@ -12,6 +12,7 @@ from jax_flash.attention import (
     blocksparse_attention,
 )
 from jax_flash.backends import export_checks, show_backends
+from jax_flash.cross_entropy import linear_softmax_cross_entropy, softmax_cross_entropy
 from jax_flash.dense import (
     column_parallel_dense,
     dense,
@@ -20,6 +21,7 @@ from jax_flash.dense import (
     row_parallel_dense,
 )
 from jax_flash.norm import dropout_add_layer_norm, dropout_add_rms_norm, layer_norm, rms_norm
+from jax_flash.rotary import RotaryTable, apply_rotary, apply_rotary_qkvpacked
 from jax_flash.softmax import (
     scaled_causal_softmax,
     scaled_masked_softmax,
@@ -37,6 +39,9 @@ _register.register_all()
 
 __all__ = [
     "AttentionProbs",
+    "RotaryTable",
+    "apply_rotary",
+    "apply_rotary_qkvpacked",
     "attention",
     "attention_kvpacked",
     "attention_qkvpacked",
@@ -48,6 +53,7 @@ __all__ = [
     "dropout_add_rms_norm",
     "export_checks",
     "layer_norm",
+    "linear_softmax_cross_entropy",
     "mlp",
     "rms_norm",
     "row_parallel_dense",
@@ -55,6 +61,7 @@ __all__ = [
     "scaled_masked_softmax",
     "show_backends",
     "softmax_batch_per_block",
+    "softmax_cross_entropy",
     "varlen_attention",
     "varlen_attention_kvpacked",
     "varlen_attention_qkvpacked",

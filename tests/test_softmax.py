@@ -222,6 +222,13 @@ def test_vmap_of_any_operand():
     assert_equal(twice(scores), causal(scores, None))
 
 
+def test_lowers_for_cuda():
+    """Without a GPU, and without a custom call: no kernel serves it yet."""
+    f = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(causal(x, None)))))
+    lowered = f.trace(normal(0, B, T, S)).lower(lowering_platforms=("cuda",))
+    assert "jax_flash" not in lowered.as_text() and "exponential" in lowered.as_text()
+
+
 def test_scan_and_export():
     scores = normal(0, 3, B, T, S)
     _, got = jax.lax.scan(lambda carry, x: (carry, causal(x, None)), 0, scores)

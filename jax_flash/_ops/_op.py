@@ -48,12 +48,17 @@ class Signature:
       aliases: names that are cut wherever another is, one to each part: {"K": "N"}. Where several
         devices share a part, such an axis stays whole: each device takes its own one from it, and
         results with this axis are sums over devices.
+      enter: (operands, cuts) -> a device's operands, where their values count from the call's
+        first column; `cuts` are the mesh axes that each cut name lies on.
+      join: (results, cuts) -> the call's results, where they are no sums over the devices.
     """
 
     operands: tuple[Axes, ...]
     results: tuple[Axes, ...]
     shardable: dict[str, int]
     aliases: dict[str, str]
+    enter: Callable[..., Sequence[jax.Array]] | None = None
+    join: Callable[..., Sequence[jax.Array]] | None = None
 
 
 class _Cut(NamedTuple):
@@ -64,6 +69,7 @@ class _Cut(NamedTuple):
       operand_places, result_places: for each array the (axis, mesh axes) that stays whole though
         the call is cut by it, or None.
       result_sums: for each result the mesh axes that cut the call along an axis it has not.
+      axes: the mesh axes of each name that is cut.
     """
 
     operands: list[PartitionSpec]
@@ -71,6 +77,7 @@ class _Cut(NamedTuple):
     operand_places: list[tuple[int, tuple[str, ...]] | None]
     result_places: list[tuple[int, tuple[str, ...]] | None]
     result_sums: list[tuple[str, ...]]
+    axes: dict[str, tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,17 +247,20 @@ class Op:
                 for axes in arrays
             ]
 
+        cuts = {n: (e,) if isinstance(e, str) else tuple(e) for n, e in chosen.items() if e}
+
         def missing(axes):  # mesh axes over which a result is a sum
             own = {signature.aliases.get(name, name) for name in axes}
-            entries = [chosen[name] for name in signature.shardable if name in chosen.keys() - own]
-            return tuple(a for e in entries for a in ((e,) if isinstance(e, str) else e))
+            others = [name for name in signature.shardable if name in cuts.keys() - own]
+            return tuple(axis for name in others for axis in cuts[name])
 
         return _Cut(
             specs(operand_axes),
             specs(result_axes),
             places(operand_axes),
             places(result_axes),
-            [missing(axes) for axes in result_axes],
+            [() if signature.join else missing(axes) for axes in result_axes],
+            cuts,
         )
 
     def _partitioned(self, *operands, config):
@@ -260,12 +270,16 @@ class Op:
         on = [i for i, x in enumerate(operands) if not is_off(x)]
         on_results = [i for i, x in enumerate(results) if not is_off(x)]
 
-        def one_shard(*shards):
+        def one_shard(*shards, cuts=None):
             given = iter(shards)
             full = [
                 next(given) if i in on else jnp.zeros(a.shape, a.dtype) for i, a in enumerate(avals)
             ]
+            if cuts and signature.enter:
+                full = signature.enter(full, cuts)
             out = self._local.bind(*vary_together(*full), config=config)
+            if cuts and signature.join:
+                out = signature.join(out, cuts)
             return tuple(out[i] for i in on_results)
 
         def cut(mesh, arg_shapes):
@@ -283,9 +297,10 @@ class Op:
             def share(*shards):
                 own = (_own_part(x, place, mesh) for x, place in zip(shards, takes, strict=True))
                 wholes = (results[i].shape for i in on_results)
+                parts = one_shard(*own, cuts=c.axes)
                 placed = (
                     _sum_of_parts(x, place, mesh, whole)
-                    for x, place, whole in zip(one_shard(*own), gives, wholes, strict=True)
+                    for x, place, whole in zip(parts, gives, wholes, strict=True)
                 )
                 return tuple(_sum_over(x, axes) for x, axes in zip(placed, sums, strict=True))
 
@@ -305,7 +320,7 @@ class Op:
             specs = cut(mesh, arg_shapes).results
             return tuple(NamedSharding(mesh, specs[i]) for i in on_results)
 
-        call = custom_partitioning(one_shard)
+        call = custom_partitioning(lambda *whole: one_shard(*whole))
         signature, operand_axes, result_axes, sizes = self._named_axes(config, avals)
         rule, factors = _shardy_rule(
             signature, [operand_axes[i] for i in on], [result_axes[i] for i in on_results], sizes

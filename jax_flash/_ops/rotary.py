@@ -1,0 +1,124 @@
+"""The primitive of the rotary embedding, and its XLA form.
+
+    rotary(x, cos, sin, cos_k, sin_k, positions) -> out
+
+    x, out [*B, T, N, H], or packed [*B, T, 3, N, H];  cos, sin, cos_k, sin_k [*B or 1, length,
+    R/2];  positions int32 [*B or 1, T]
+
+The first R elements of a head are turned by the row of the tables that `positions` names, the rest
+is copied. A negative position copies the whole row, one that the tables do not have makes NaN of
+what would be turned. Packed, queries are turned by (cos, sin), keys by (cos_k, sin_k), or by (cos,
+sin) too where those are off, and values are copied. `out` may be written over `x`.
+
+The backward is the same primitive with the other sign of sin. Batch axes, rows and heads are
+shared by devices freely; a head dim that is cut is gathered first, the tables are whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash._ops._op import BATCH, Implementation, Op, Signature, is_off
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryConfig:
+    """What is static in a call.
+
+    Attributes:
+      interleaved: pairs are neighbours, (2 j, 2 j + 1), not (j, j + R/2).
+      conjugate: turns the other way.
+      packed: x holds queries, keys and values.
+      implementation: None (by platform), "cuda", "cpu" or "xla".
+    """
+
+    interleaved: bool = False
+    conjugate: bool = False
+    packed: bool = False
+    implementation: str | None = None
+
+
+def _signature(config, x, *rest) -> Signature:
+    rows = (BATCH, "T", "three", "N", "H") if config.packed else (BATCH, "T", "N", "H")
+    table = (BATCH, "length", "R")
+    *tables, _ = rest
+    return Signature(
+        operands=(rows, *(() if is_off(t) else table for t in tables), (BATCH, "T")),
+        results=(rows,),
+        shardable={"T": x.shape[1 - len(rows)], "N": x.shape[-2]},
+        aliases={},
+    )
+
+
+def _results(config, *operands):
+    signature = _signature(config, *operands)
+    leads = [
+        a.shape[: a.ndim - len(axes) + 1]
+        for a, axes in zip(operands, signature.operands, strict=True)
+        if axes
+    ]
+    x, own = operands[0], len(signature.results[0]) - 1
+    shape = (*jnp.broadcast_shapes(*leads), *x.shape[x.ndim - own :])
+    return (jax.ShapeDtypeStruct(shape, x.dtype),)
+
+
+# The XLA form ------------------------------------------------------------------------------------
+
+
+def _rows_of(table, positions):
+    """[*B, T, R/2]: the rows of a table at `positions`, clamped to it."""
+    length, half = table.shape[-2:]
+    at = jnp.clip(positions, 0, length - 1)
+    if math.prod(table.shape[:-2]) == 1:
+        return jnp.take(table.reshape(length, half), at, axis=0, mode="clip")
+    lead = jnp.broadcast_shapes(table.shape[:-2], at.shape[:-1])
+    table = jnp.broadcast_to(table, (*lead, length, half))
+    at = jnp.broadcast_to(at, (*lead, at.shape[-1]))
+    return jnp.take_along_axis(table, at[..., None], axis=-2)
+
+
+def _turn(config, x, cos, sin, positions):
+    """[*B, T, N, H] of one kind, all turned by one pair of tables."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    length, half = cos.shape[-2:]
+    c, s = (_rows_of(t, positions).astype(wide)[..., None, :] for t in (cos, sin))
+    s = -s if config.conjugate else s
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if config.interleaved:
+        x1, x2 = turned[..., 0::2].astype(wide), turned[..., 1::2].astype(wide)
+    else:
+        x1, x2 = turned[..., :half].astype(wide), turned[..., half:].astype(wide)
+    out1, out2 = x1 * c - x2 * s, x1 * s + x2 * c
+    if config.interleaved:
+        out = jnp.stack([out1, out2], -1).reshape(*out1.shape[:-1], 2 * half)
+    else:
+        out = jnp.concatenate([out1, out2], -1)
+    at = positions[..., None, None]
+    out = jnp.where(at < length, out, jnp.nan).astype(x.dtype)
+    out = jnp.where(at < 0, turned, out)
+    return jnp.concatenate([out, jnp.broadcast_to(rest, (*out.shape[:-1], rest.shape[-1]))], -1)
+
+
+def rotate(config, x, cos, sin, cos_k, sin_k, positions):
+    if not config.packed:
+        return (_turn(config, x, cos, sin, positions),)
+    if is_off(cos_k):
+        cos_k, sin_k = cos, sin
+    query, key, value = jnp.moveaxis(x, -3, 0)
+    query = _turn(config, query, cos, sin, positions)
+    key = _turn(config, key, cos_k, sin_k, positions)
+    whole = jnp.broadcast_shapes(query.shape, key.shape)
+    return (jnp.stack([jnp.broadcast_to(a, whole) for a in (query, key, value)], -3),)
+
+
+rotary = Op(
+    "rotary",
+    signature=_signature,
+    results=_results,
+    native={},
+    xla=Implementation("xla", rotate),
+)
