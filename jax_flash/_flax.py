@@ -214,3 +214,8 @@ def flax_attention(
 def as_bool(mask: ArrayLike | None) -> jax.Array | None:
     """Flax's mask helpers return 0.0 and 1.0 by default; attention takes bool."""
     return None if mask is None else jnp.asarray(mask).astype(bool)
+
+
+def in_float32(*parameters: jax.Array | None) -> list[jax.Array | None]:
+    """What the norms take as weights beside any x."""
+    return [None if p is None else p.astype(jnp.float32) for p in parameters]

@@ -129,7 +129,7 @@ CASES = {
     "layer": Case(has="bias"),
     "rms": Case(has="", is_rms=True, weights=None),
     "one_row_of_many": Case(rows=(1,), width=16392, has="", weights=None),
-    "one_feature": Case(rows=(5,), width=1),
+    "one_feature": Case(rows=(5,), width=1, residual=None),
     "no_row_axis": Case(rows=(), width=40, rate=0.3),
     "prime": Case(rows=(2, 3, 5), width=131, rate=0.1, residual=None, weights=None),
     "everything": Case(has=EVERYTHING, rate=0.3, options=("rowscale",)),
@@ -144,7 +144,7 @@ CASES = {
     "subset_rms": Case(has="", is_rms=True, options=("x_subset", "rowscale")),
     "out_subset": Case(has="residual", options=("out_subset",)),
 }
-HALF_TOO = ("layer", "rms", "prime", "everything", "two_norms", "subset")
+HALF_TOO = ("layer", "rms", "one_feature", "prime", "everything", "two_norms", "subset")
 RUNS = [(name, "float32") for name in CASES] + [
     (name, dtype) for name in HALF_TOO for dtype in ("bfloat16", "float16")
 ]
@@ -214,11 +214,21 @@ def test_definition(name, dtype):
     if norms == 2:
         definition["dz1"] = flat(cotangents[1])
     derivative = reference.backward(*inputs, **definition)
+    # A stream kept in a half type: XLA may skip that rounding in the plain form, our backward reads
+    # it (as every fused norm's).
+    half_unit = float(jnp.finfo(stream).eps) / 2
+    moved = half_unit * np.abs(exact.stream) * exact.rsigma
+    rounding = {
+        name: np.sqrt(((moved * dz) ** 2).sum(0)).max()
+        for name, dz in (("weight", derivative.rows), ("weight1", derivative.rows1))
+        if dz is not None and not fp32
+    }
     assert gradients.keys() == arrays.keys()
     for what, gradient in gradients.items():
         assert gradient.dtype == arrays[what].dtype
         wanted = getattr(derivative, what).reshape(gradient.shape)
-        assert_close(f"d{what}", gradient, wanted, simple_gradients[what])
+        inherent = rounding[what] if what in rounding else 0.0
+        assert_close(f"d{what}", gradient, wanted, simple_gradients[what], inherent)
 
 
 def test_the_reference_derivative_is_that_of_the_reference():

@@ -82,7 +82,10 @@ def _normalised(stream, mean, rsigma):
 
 
 def forward(config, x, x1, residual, weight, bias, weight1, bias1, layerscale, *options):
-    """z, z1, stream, mean, rsigma, mask, mask1; None where off."""
+    """z, z1, stream, mean, rsigma, mask, mask1; None where off.
+
+    z is of the stream before it is rounded to its type, mean and rsigma are of the rounded one.
+    """
     rowscale, x_subset, out_subset, dropout_state, row_ids = options
     wide, width = jnp.promote_types(x.dtype, jnp.float32), weight.shape[-1]
 
@@ -113,6 +116,12 @@ def forward(config, x, x1, residual, weight, bias, weight1, bias1, layerscale, *
 
     mean, rsigma = statistics(config, stream)
     y = _normalised(stream, mean, rsigma)
+    kept = jnp.finfo(config.stream_dtype)
+    if config.write_stream and kept.dtype != wide:
+        # The backward sees the stream rounded, and needs the statistics that fit what it sees: with
+        # others a row of equal values is no longer normalised to 0. A pair of conversions would not
+        # do here: XLA may drop it.
+        mean, rsigma = statistics(config, jax.lax.reduce_precision(stream, kept.nexp, kept.nmant))
 
     def scaled(weight, bias):
         if _off(weight):

@@ -3,6 +3,7 @@
     attention   FlashSelfAttention, FlashCrossAttention, FlashBlocksparseAttention,
                 MultiHeadAttention, and attention_fn for Flax's own layers
     dense       FusedDense, FusedMLP
+    norm        RMSNorm, DropoutAddLayerNorm, DropoutAddRMSNorm
 
 Parameters are named, shaped and initialised as Flax's own, so that weights move between the two.
 Needs Flax: `pip install "jax-flash[flax]"`; `import jax_flash` does not.
@@ -23,13 +24,17 @@ from jax_flash.nnx.attention import (
     attention_fn,
 )
 from jax_flash.nnx.dense import FusedDense, FusedMLP
+from jax_flash.nnx.norm import DropoutAddLayerNorm, DropoutAddRMSNorm, RMSNorm
 
 __all__ = [
+    "DropoutAddLayerNorm",
+    "DropoutAddRMSNorm",
     "FlashBlocksparseAttention",
     "FlashCrossAttention",
     "FlashSelfAttention",
     "FusedDense",
     "FusedMLP",
     "MultiHeadAttention",
+    "RMSNorm",
     "attention_fn",
 ]

@@ -34,6 +34,8 @@ class Gradients(NamedTuple):
     weight1: np.ndarray | None
     bias1: np.ndarray | None
     layerscale: np.ndarray
+    rows: np.ndarray  # [rows, D]: dz, where z is compact
+    rows1: np.ndarray | None
 
 
 def dropout_keep(rate, key, rows, width, branch=0) -> np.ndarray:
@@ -137,4 +139,6 @@ def backward(x, residual, weight, bias=None, *, dz, dz1=None, dstream=0.0, **opt
         dweight1,
         dbias1,
         (unscaled * full).sum(0),
+        dz,
+        dz1,
     )
