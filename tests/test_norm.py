@@ -523,6 +523,23 @@ def test_explicit_mesh_and_shard_map():
     programs.assert_close(got, jax.jit(jax.grad(simple))(arrays), 2e-6)
 
 
+def test_vmap_over_a_sharded_axis_and_pmap():
+    """Each entry has its own sums: over the devices that share its rows, over none under pmap."""
+    arrays = whole_arrays((4, 6))
+    many = {name: jnp.stack([x + i / 8 for i in range(8)]) for name, x in arrays.items()}
+    gradient = jax.grad(value)
+    want = jax.jit(jax.vmap(gradient))(many)
+    mesh = mesh_of(4, 2)
+    cut = {
+        name: jax.device_put(x, NamedSharding(mesh, P("a", "b") if x.ndim > 2 else P("a")))
+        for name, x in many.items()
+    }
+    got, traffic = run(jax.vmap(gradient), cut)
+    assert traffic == {"all-reduce": [(2, 24)] * 3}
+    programs.assert_close(got, want, 2e-6)
+    programs.assert_close(jax.pmap(gradient)(many), want, 2e-6)
+
+
 def test_subsets_of_sharded_rows():
     """Each device takes what its rows name of a whole x, and gives its part of z and dx."""
     arrays = whole_arrays((16,), x=(5, 24))

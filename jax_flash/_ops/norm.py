@@ -9,9 +9,10 @@
 
 z is normalised before the stream is rounded to its type; mean and rsigma, for the backward, are
 those of the rounded stream. An operand of shape (0,) is off, and so is a result that the call has
-no use for: stream where it is x itself, dresidual and dx1 where they equal dx. The names R0, R1, ...
-are the axes of rows, along which devices share a call; sums over rows (dweight and its like) are
-then sums over the devices. The axis of features is always whole.
+no use for: stream where it is x itself, dresidual and dx1 where they equal dx.
+
+The names R0, R1, ... are the axes of rows, along which devices share a call; sums over rows
+(dweight and its like) are then sums over the devices. The axis of features is always whole.
 """
 
 from __future__ import annotations
