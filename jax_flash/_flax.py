@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from jax_flash._attention import refuse
 from jax_flash.attention import attention, attention_kvpacked, attention_qkvpacked
+from jax_flash.rotary import RotaryTable, apply_rotary, apply_rotary_qkvpacked
 from jax_flash.varlen import varlen_attention_kvpacked, varlen_attention_qkvpacked
 
 BlockLayout = Callable[[int, int], ArrayLike]
@@ -214,6 +215,40 @@ def flax_attention(
 def as_bool(mask: ArrayLike | None) -> jax.Array | None:
     """Flax's mask helpers return 0.0 and 1.0 by default; attention takes bool."""
     return None if mask is None else jnp.asarray(mask).astype(bool)
+
+
+def rotary_table(layer: Any, rows: int, positions: Any, offsets: Any) -> RotaryTable:
+    """The table of a RotaryEmbedding, as long as its positions need."""
+    length = layer.max_length
+    if length is None:
+        if positions is not None or offsets is not None:
+            raise ValueError("max_length: expected a number together with positions or offsets")
+        length = rows
+    return RotaryTable.make(
+        length,
+        layer.dim,
+        base=layer.base,
+        scale_base=layer.scale_base,
+        interleaved=layer.interleaved,
+    )
+
+
+def rotate(
+    layer: Any, query: jax.Array, key: jax.Array | None, **options: Any
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """What both RotaryEmbedding layers do with queries and keys [*B, T, N, H]."""
+    places = (options["positions"], options["offsets"])
+    rows = max(query.shape[-3], 0 if key is None else key.shape[-3])
+    table = rotary_table(layer, rows, *places)
+    options |= dict(implementation=layer.implementation)
+    turned = apply_rotary(query, table, **options)
+    return turned if key is None else (turned, apply_rotary(key, table, is_key=True, **options))
+
+
+def rotate_packed(layer: Any, qkv: jax.Array, **options: Any) -> jax.Array:
+    """And with packed qkv [*B, T, 3, N, H]."""
+    table = rotary_table(layer, qkv.shape[-4], options["positions"], options["offsets"])
+    return apply_rotary_qkvpacked(qkv, table, implementation=layer.implementation, **options)
 
 
 def in_float32(*parameters: jax.Array | None) -> list[jax.Array | None]:

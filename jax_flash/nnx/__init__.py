@@ -4,6 +4,7 @@
                 MultiHeadAttention, and attention_fn for Flax's own layers
     dense       FusedDense, FusedMLP
     norm        RMSNorm, DropoutAddLayerNorm, DropoutAddRMSNorm
+    rotary      RotaryEmbedding
 
 Parameters are named, shaped and initialised as Flax's own, so that weights move between the two.
 Needs Flax: `pip install "jax-flash[flax]"`; `import jax_flash` does not.
@@ -25,6 +26,7 @@ from jax_flash.nnx.attention import (
 )
 from jax_flash.nnx.dense import FusedDense, FusedMLP
 from jax_flash.nnx.norm import DropoutAddLayerNorm, DropoutAddRMSNorm, RMSNorm
+from jax_flash.nnx.rotary import RotaryEmbedding
 
 __all__ = [
     "DropoutAddLayerNorm",
@@ -36,5 +38,6 @@ __all__ = [
     "FusedMLP",
     "MultiHeadAttention",
     "RMSNorm",
+    "RotaryEmbedding",
     "attention_fn",
 ]
