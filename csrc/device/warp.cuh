@@ -7,8 +7,8 @@ namespace jax_flash::device {
 
 inline constexpr uint32_t kWarp = 0xffffffffu;
 
-// x of lane 0, known to the compiler to be the same in the whole warp: what is computed from it alone
-// may use the uniform registers, and branches on it do not diverge.
+// x of lane 0, known to the compiler to be the same in the whole warp: what is computed from it
+// alone may use the uniform registers, and branches on it do not diverge.
 template <typename T>
 __device__ __forceinline__ T uniform(T x) {
   return __shfl_sync(kWarp, x, 0);

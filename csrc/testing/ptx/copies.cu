@@ -113,7 +113,7 @@ __global__ void bulk_reduce_kernel(const float* source, int rounds, int columns,
       buffer[i] = source[int64_t{round} * columns + i];
     }
     ptx::fence_async_shared();
-    __syncthreads();  // all stores are visible to the copy engine
+    __syncthreads();       // all stores are visible to the copy engine
     if (round % 3 == 2) {  // every third round without the copy engine
       for (int i = 4 * threadIdx.x; i < columns; i += 4 * blockDim.x) {
         ptx::red_add_4(total + i, {buffer[i], buffer[i + 1], buffer[i + 2], buffer[i + 3]});

@@ -6,8 +6,8 @@
 // A CTA takes key tiles one after another: K and V stay in shared memory, dK and dV in registers of
 // two warpgroups, and the query tiles of every head of the group pass by, brought by a producer
 // warp. S and dP are computed transposed, keys as rows, so that P^T and dS^T are register operands
-// of dV and dK; dS alone crosses shared memory, for dQ, which the copy engine adds to global memory.
-// docs/kernels/hopper_backward.md shows who waits for whom.
+// of dV and dK; dS alone crosses shared memory, for dQ, which the copy engine adds to global
+// memory. docs/kernels/hopper_backward.md shows who waits for whom.
 #pragma once
 
 #include "attention/cuda/dropout.cuh"
