@@ -90,6 +90,17 @@ def check_implementation(implementation: str | None) -> None:
         raise NotImplementedError(f"implementation={implementation!r}: {reason}")
 
 
+def check_xla_only(implementation: str | None, operator: str) -> None:
+    """For operators without kernels of ours: None and "xla" pass."""
+    if implementation not in IMPLEMENTATIONS:
+        refuse("implementation", f"one of {IMPLEMENTATIONS}", repr(implementation))
+    if implementation in ("cuda", "cpu"):
+        raise NotImplementedError(
+            f"implementation={implementation!r}: {operator} has no {implementation} kernels; "
+            "None and 'xla' run XLA's form on every platform"
+        )
+
+
 def static_scale(scale: Any, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim) if head_dim else 1.0

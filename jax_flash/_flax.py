@@ -217,38 +217,74 @@ def as_bool(mask: ArrayLike | None) -> jax.Array | None:
     return None if mask is None else jnp.asarray(mask).astype(bool)
 
 
-def rotary_table(layer: Any, rows: int, positions: Any, offsets: Any) -> RotaryTable:
-    """The table of a RotaryEmbedding, as long as its positions need."""
-    length = layer.max_length
-    if length is None:
-        if positions is not None or offsets is not None:
-            raise ValueError("max_length: expected a number together with positions or offsets")
-        length = rows
-    return RotaryTable.make(
-        length,
-        layer.dim,
-        base=layer.base,
-        scale_base=layer.scale_base,
-        interleaved=layer.interleaved,
-    )
+class RotaryCalls:
+    """The calls of both RotaryEmbedding layers, which only add how they hold these numbers."""
 
+    dim: int
+    base: float
+    scale_base: float | None
+    interleaved: bool
+    max_length: int | None
+    implementation: str | None
 
-def rotate(
-    layer: Any, query: jax.Array, key: jax.Array | None, **options: Any
-) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """What both RotaryEmbedding layers do with queries and keys [*B, T, N, H]."""
-    places = (options["positions"], options["offsets"])
-    rows = max(query.shape[-3], 0 if key is None else key.shape[-3])
-    table = rotary_table(layer, rows, *places)
-    options |= dict(implementation=layer.implementation)
-    turned = apply_rotary(query, table, **options)
-    return turned if key is None else (turned, apply_rotary(key, table, is_key=True, **options))
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array | None = None,
+        *,
+        positions: jax.Array | None = None,
+        offsets: int | jax.Array | None = None,
+        cu_seqlens: jax.Array | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Turns queries, and keys.
 
+        Args:
+          query: [*B, T, N, H].
+          key: [*B, S, K, H], or None.
+          positions, offsets, cu_seqlens: where the rows are, as in `jax_flash.apply_rotary`.
 
-def rotate_packed(layer: Any, qkv: jax.Array, **options: Any) -> jax.Array:
-    """And with packed qkv [*B, T, 3, N, H]."""
-    table = rotary_table(layer, qkv.shape[-4], options["positions"], options["offsets"])
-    return apply_rotary_qkvpacked(qkv, table, implementation=layer.implementation, **options)
+        Returns:
+          The turned queries, or (queries, keys).
+
+        Raises:
+          ValueError: positions or offsets without max_length, or a bad shape.
+        """
+        options = dict(positions=positions, offsets=offsets, cu_seqlens=cu_seqlens)
+        options |= dict(implementation=self.implementation)
+        rows = max(query.shape[-3], 0 if key is None else key.shape[-3])
+        table = self._table(rows, positions, offsets)
+        turned = apply_rotary(query, table, **options)
+        return turned if key is None else (turned, apply_rotary(key, table, is_key=True, **options))
+
+    def packed(
+        self,
+        qkv: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        offsets: int | jax.Array | None = None,
+        cu_seqlens: jax.Array | None = None,
+    ) -> jax.Array:
+        """The same of the queries and keys inside packed qkv [*B, T, 3, N, H]."""
+        return apply_rotary_qkvpacked(
+            qkv,
+            self._table(qkv.shape[-4], positions, offsets),
+            positions=positions,
+            offsets=offsets,
+            cu_seqlens=cu_seqlens,
+            implementation=self.implementation,
+        )
+
+    def _table(self, rows: int, positions: Any, offsets: Any) -> RotaryTable:
+        """As long as the positions need."""
+        if self.max_length is None and (positions is not None or offsets is not None):
+            refuse("max_length", "a number together with positions or offsets", None)
+        return RotaryTable.make(
+            rows if self.max_length is None else self.max_length,
+            self.dim,
+            base=self.base,
+            scale_base=self.scale_base,
+            interleaved=self.interleaved,
+        )
 
 
 def in_float32(*parameters: jax.Array | None) -> list[jax.Array | None]:

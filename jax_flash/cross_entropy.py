@@ -138,16 +138,6 @@ def _static_number(name: str, value: Any, expected: str, fits: Callable[[float],
     return float(value)
 
 
-def _check_implementation(implementation: Any) -> None:
-    if implementation not in shared.IMPLEMENTATIONS:
-        shared.refuse("implementation", f"one of {shared.IMPLEMENTATIONS}", repr(implementation))
-    if implementation in ("cpu", "cuda"):
-        raise NotImplementedError(
-            f"implementation={implementation!r}: cross-entropy has no kernels of this kind yet; "
-            "'xla' runs on every platform"
-        )
-
-
 def _check_labels(labels: Any, rows: Sequence[int], of: str) -> jax.Array:
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -187,7 +177,7 @@ def _loss(
     **linear: int,
 ):
     """The loss by `statistics` of `tensors`, whose columns on this device are `vocabulary`."""
-    _check_implementation(implementation)
+    shared.check_xla_only(implementation, "cross-entropy")
     smoothing = _static_number(
         "label_smoothing", label_smoothing, "a number in [0, 1)", lambda s: 0 <= s < 1
     )

@@ -13,21 +13,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from jax_flash._attention import as_tensor, refuse, static_flag
+from jax_flash._attention import as_tensor, check_xla_only, refuse, static_flag
 from jax_flash._ops import dense as ops
 from jax_flash._ops._op import vary_together
 
 __all__ = ["column_parallel_dense", "dense", "dense_gelu", "mlp", "row_parallel_dense"]
-
-
-def _check_implementation(implementation: str | None) -> None:
-    if implementation in ("cuda", "cpu"):
-        raise NotImplementedError(
-            f"implementation={implementation!r}: the dense operators have no {implementation} "
-            "kernels; XLA's matrix products serve them"
-        )
-    if implementation not in (None, "xla"):
-        refuse("implementation", "None or 'xla'", repr(implementation))
 
 
 def _check_weight(name: str, weight: Any, inputs: int, bias_name: str, bias: Any):
@@ -88,7 +78,7 @@ def dense(
       TypeError, ValueError: an argument has the wrong type, shape or value.
       NotImplementedError: the implementation asked for by name does not exist.
     """
-    _check_implementation(implementation)
+    check_xla_only(implementation, "dense")
     x = as_tensor("x", x, 1)
     weight, bias = _check_weight("weight", weight, x.shape[-1], "bias", bias)
     config = ops.DenseConfig(
@@ -173,7 +163,7 @@ def mlp(
       TypeError, ValueError: an argument has the wrong type, shape or value.
       NotImplementedError: the implementation asked for by name does not exist.
     """
-    _check_implementation(implementation)
+    check_xla_only(implementation, "dense")
     x = as_tensor("x", x, 1)
     weight1, bias1 = _check_weight("weight1", weight1, x.shape[-1], "bias1", bias1)
     gated = _check_activation(activation) in ops.GATED

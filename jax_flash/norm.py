@@ -239,15 +239,6 @@ def _static_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def _check_implementation(implementation: str | None) -> None:
-    shared.check_implementation(implementation)
-    if implementation in ("cuda", "cpu"):
-        raise NotImplementedError(
-            f"implementation={implementation!r}: there are no {implementation} kernels for norms "
-            'yet; None and "xla" run XLA\'s form'
-        )
-
-
 def _number_of_rows(rows) -> Any:
     return math.prod(n for n in rows if isinstance(n, int))  # not a symbol of jax.export
 
@@ -289,7 +280,7 @@ def _dropout_add_norm(
     residual_in_fp32: bool = False,
     return_mask: bool = False,
 ):
-    _check_implementation(implementation)
+    shared.check_xla_only(implementation, "norm")
     epsilon = _static_float("epsilon", epsilon)
     prenorm = shared.static_flag("prenorm", prenorm)
     residual_in_fp32 = shared.static_flag("residual_in_fp32", residual_in_fp32)

@@ -162,14 +162,6 @@ _rotate.defvjp(_rotate_forward, _rotate_backward)
 # Options -> operands ------------------------------------------------------------------------------
 
 
-def _check_implementation(implementation: str | None) -> None:
-    if implementation in ("cuda", "cpu"):
-        raise NotImplementedError(
-            f"implementation={implementation!r}: rotary has no {implementation} kernel, only 'xla'"
-        )
-    shared.check_implementation(implementation)
-
-
 def _check_table(table: Any, head_dim: int) -> None:
     if not isinstance(table, RotaryTable):
         shared.refuse("table", "a RotaryTable", type(table).__name__, TypeError)
@@ -314,7 +306,7 @@ def apply_rotary(
 
     {raises}
     """
-    _check_implementation(implementation)
+    shared.check_xla_only(implementation, "rotary")
     x = shared.as_tensor("x", x, 3)
     is_key = shared.static_flag("is_key", is_key)
     conjugate = shared.static_flag("conjugate", conjugate)
@@ -348,7 +340,7 @@ def apply_rotary_qkvpacked(
 
     {raises}
     """
-    _check_implementation(implementation)
+    shared.check_xla_only(implementation, "rotary")
     qkv = shared.as_tensor("qkv", qkv, 4)
     if qkv.shape[-3] != 3:
         shared.refuse("qkv", "[*B, T, 3, N, H]", f"shape {qkv.shape}")

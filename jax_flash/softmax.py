@@ -77,14 +77,6 @@ def _static_scale(scale: Any) -> float:
     return float(scale)
 
 
-def _check_implementation(implementation: str | None) -> None:
-    if implementation in ("cuda", "cpu"):
-        raise NotImplementedError(
-            f"implementation={implementation!r}: softmax has no {implementation} kernel, only 'xla'"
-        )
-    shared.check_implementation(implementation)
-
-
 def _mask_operand(mask: Any, shape: tuple[int, ...]) -> jax.Array:
     """bool or uint8 [*B or 1, N or 1, T or 1, S], or the empty array: nothing is masked."""
     if mask is None:
@@ -136,7 +128,7 @@ def scaled_masked_softmax(
 
     {raises}
     """
-    _check_implementation(implementation)
+    shared.check_xla_only(implementation, "softmax")
     scores = shared.as_tensor("scores", scores, 2)
     config = SoftmaxConfig(_static_scale(scale), implementation)
     mask = _mask_operand(mask, scores.shape)
@@ -165,7 +157,7 @@ def scaled_causal_softmax(
 
     {raises}
     """
-    _check_implementation(implementation)
+    shared.check_xla_only(implementation, "softmax")
     scores = shared.as_tensor("scores", scores, 2)
     shared.check_sizes(*scores.shape[-2:])
     config = SoftmaxConfig(_static_scale(scale), implementation)

@@ -687,7 +687,7 @@ REFUSED = {
     "cuda": (add(X, X, W, implementation="cuda"), NotImplementedError, "implementation='cuda': "),
     "cpu": (
         add(X, X, W, implementation="cpu"),
-        NotImplementedError, "implementation='cpu': .*no cpu kernels|without its cpu kernels"),
+        NotImplementedError, "implementation='cpu': norm has no cpu kernels"),
     "tpu": (add(X, X, W, implementation="tpu"), ValueError, "implementation: expected one of"),
     "layer_norm": (lambda: jax_flash.layer_norm(X, W[:3]), ValueError, "weight: expected shape"),
     "rms_norm": (lambda: jax_flash.rms_norm(X, W, X), ValueError, "bias: expected shape"),

@@ -502,7 +502,7 @@ REFUSED = {
         TABLE,
         dict(implementation="cuda"),
         NotImplementedError,
-        "implementation='cuda': rotary has no cuda kernel",
+        "implementation='cuda': rotary has no cuda kernels",
     ),
     "unknown": (
         X,

@@ -347,14 +347,14 @@ REFUSED = {
         (SCORES,),
         dict(implementation="cuda"),
         NotImplementedError,
-        "implementation='cuda': softmax has no cuda kernel",
+        "implementation='cuda': softmax has no cuda kernels",
     ),
     "cpu": (
         CAUSAL_CALL,
         (SCORES,),
         dict(implementation="cpu"),
         NotImplementedError,
-        "implementation='cpu': softmax has no cpu kernel",
+        "implementation='cpu': softmax has no cpu kernels",
     ),
 }
 

@@ -16,8 +16,16 @@ __all__ = ["FusedDense", "FusedMLP"]
 Initializer = jax.nn.initializers.Initializer
 
 
+def _affine(layer: nn.Module, inputs: int, features: int) -> tuple[jax.Array, jax.Array | None]:
+    """The parameters of Flax's Dense: kernel [inputs, features] and bias [features]."""
+    shape, dtype = (inputs, features), layer.param_dtype
+    kernel = layer.param("kernel", layer.kernel_init, shape, dtype)
+    bias = layer.param("bias", layer.bias_init, shape[1:], dtype) if layer.use_bias else None
+    return kernel, bias
+
+
 class _Affine(nn.Module):
-    """The parameters of Flax's Dense: kernel [D, features] and bias [features]."""
+    """These parameters under a name of their own."""
 
     features: int
     use_bias: bool
@@ -27,10 +35,7 @@ class _Affine(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: int) -> tuple[jax.Array, jax.Array | None]:
-        shape, dtype = (inputs, self.features), self.param_dtype
-        kernel = self.param("kernel", self.kernel_init, shape, dtype)
-        bias = self.param("bias", self.bias_init, shape[1:], dtype) if self.use_bias else None
-        return kernel, bias
+        return _affine(self, inputs, self.features)
 
 
 class FusedDense(nn.Module, kw_only=True):
@@ -67,9 +72,7 @@ class FusedDense(nn.Module, kw_only=True):
           ValueError: a bad attribute; the message names it.
         """
         features = 2 * self.features if self.activation in GATED else self.features
-        shape, dtype = (inputs.shape[-1], features), self.param_dtype
-        kernel = self.param("kernel", self.kernel_init, shape, dtype)
-        bias = self.param("bias", self.bias_init, shape[1:], dtype) if self.use_bias else None
+        kernel, bias = _affine(self, inputs.shape[-1], features)
         inputs, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         return dense(
             inputs,

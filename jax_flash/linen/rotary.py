@@ -1,6 +1,5 @@
 """A Flax Linen layer on `jax_flash.apply_rotary`."""
 
-import jax
 from flax import linen as nn
 
 from jax_flash import _flax
@@ -8,7 +7,7 @@ from jax_flash import _flax
 __all__ = ["RotaryEmbedding"]
 
 
-class RotaryEmbedding(nn.Module, kw_only=True):
+class RotaryEmbedding(_flax.RotaryCalls, nn.Module, kw_only=True):
     """Rotary position embedding (Su et al., "RoFormer", 2021) as a layer, without parameters.
 
     `jax_flash.apply_rotary`, with the table made from these numbers once a process.
@@ -29,42 +28,3 @@ class RotaryEmbedding(nn.Module, kw_only=True):
     interleaved: bool = False
     max_length: int | None = None
     implementation: str | None = None
-
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array | None = None,
-        *,
-        positions: jax.Array | None = None,
-        offsets: int | jax.Array | None = None,
-        cu_seqlens: jax.Array | None = None,
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Turns queries, and keys.
-
-        Args:
-          query: [*B, T, N, H].
-          key: [*B, S, K, H], or None.
-          positions, offsets, cu_seqlens: where the rows are, as in `jax_flash.apply_rotary`.
-
-        Returns:
-          The turned queries, or (queries, keys).
-
-        Raises:
-          ValueError: positions or offsets without max_length, or a bad shape.
-        """
-        return _flax.rotate(
-            self, query, key, positions=positions, offsets=offsets, cu_seqlens=cu_seqlens
-        )
-
-    def packed(
-        self,
-        qkv: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        offsets: int | jax.Array | None = None,
-        cu_seqlens: jax.Array | None = None,
-    ) -> jax.Array:
-        """The same of the queries and keys inside packed qkv [*B, T, 3, N, H]."""
-        return _flax.rotate_packed(
-            self, qkv, positions=positions, offsets=offsets, cu_seqlens=cu_seqlens
-        )

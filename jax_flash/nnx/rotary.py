@@ -1,6 +1,5 @@
 """A Flax NNX layer on `jax_flash.apply_rotary`."""
 
-import jax
 from flax import nnx
 
 from jax_flash import _flax
@@ -8,7 +7,7 @@ from jax_flash import _flax
 __all__ = ["RotaryEmbedding"]
 
 
-class RotaryEmbedding(nnx.Module):
+class RotaryEmbedding(_flax.RotaryCalls, nnx.Module):
     """Rotary position embedding (Su et al., "RoFormer", 2021) as a layer, without parameters.
 
     `jax_flash.apply_rotary`, with the table made from these numbers once a process.
@@ -39,42 +38,3 @@ class RotaryEmbedding(nnx.Module):
         self.interleaved = interleaved
         self.max_length = max_length
         self.implementation = implementation
-
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array | None = None,
-        *,
-        positions: jax.Array | None = None,
-        offsets: int | jax.Array | None = None,
-        cu_seqlens: jax.Array | None = None,
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Turns queries, and keys.
-
-        Args:
-          query: [*B, T, N, H].
-          key: [*B, S, K, H], or None.
-          positions, offsets, cu_seqlens: where the rows are, as in `jax_flash.apply_rotary`.
-
-        Returns:
-          The turned queries, or (queries, keys).
-
-        Raises:
-          ValueError: positions or offsets without max_length, or a bad shape.
-        """
-        return _flax.rotate(
-            self, query, key, positions=positions, offsets=offsets, cu_seqlens=cu_seqlens
-        )
-
-    def packed(
-        self,
-        qkv: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        offsets: int | jax.Array | None = None,
-        cu_seqlens: jax.Array | None = None,
-    ) -> jax.Array:
-        """The same of the queries and keys inside packed qkv [*B, T, 3, N, H]."""
-        return _flax.rotate_packed(
-            self, qkv, positions=positions, offsets=offsets, cu_seqlens=cu_seqlens
-        )

@@ -32,9 +32,13 @@ struct Work {
   }
 };
 
+inline constexpr int64_t kL2Bytes = INT64_C(32) << 20;  // of the 40 to 60 MB of A100 and H200
+
 // The forward kernels' order: full attention walks the slots of one head after another, which is
-// kindest to L2; a mask with a right edge makes the last slots the heaviest.
-inline Schedule forward_schedule(const Problem& p, int block_m, int element_bytes) {
+// kindest to L2; a mask with a right edge makes the last slots the heaviest, and a group the most
+// heads whose keys and values take at most group_bytes.
+inline Schedule forward_schedule(const Problem& p, int block_m, int element_bytes,
+                                 int64_t group_bytes = kL2Bytes) {
   Schedule schedule;
   schedule.slots = static_cast<int32_t>(num_slots(p, p.seq_q, block_m));
   schedule.is_descending = p.mask.window_right < p.seq_k;
@@ -42,12 +46,11 @@ inline Schedule forward_schedule(const Problem& p, int block_m, int element_byte
   schedule.heads = static_cast<int32_t>(p.heads);
   schedule.heads_per_kv = static_cast<int32_t>(p.heads / p.kv_heads);
   if (schedule.is_descending) {
-    constexpr int64_t kL2Bytes = INT64_C(32) << 20;  // of the 40 to 60 MB of A100 and H200
     const int64_t keys = p.seq_k / (p.mask.varlen && p.num_sequences > 0 ? p.num_sequences : 1);
     const int64_t head_bytes = keys * (p.head_dim + p.value_dim) * element_bytes;
     for (int64_t group = 1; group <= p.heads; ++group) {
       if (p.heads % group != 0) continue;
-      if ((group + schedule.heads_per_kv - 1) / schedule.heads_per_kv * head_bytes <= kL2Bytes) {
+      if ((group + schedule.heads_per_kv - 1) / schedule.heads_per_kv * head_bytes <= group_bytes) {
         schedule.group = static_cast<int32_t>(group);
       }
     }

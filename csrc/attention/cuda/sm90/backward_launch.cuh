@@ -3,6 +3,7 @@
 
 #include "attention/cuda/architecture.h"
 #include "attention/cuda/instances.h"
+#include "attention/cuda/scheduler.cuh"
 #include "attention/cuda/sm90/backward.cuh"
 #include "attention/cuda/sm90/backward_passes.cuh"
 #include "attention/cuda/sm90/backward_supplier.cuh"
@@ -14,7 +15,6 @@ namespace jax_flash::attention::sm90 {
 // mask makes some tiles longer than others; else one after another.
 inline int section_columns(const Problem& p, int64_t columns) {
   if (p.mask.window_right >= p.seq_k && p.mask.window_left >= p.seq_q && !p.mask.varlen) return 1;
-  constexpr int64_t kL2Bytes = INT64_C(32) << 20;
   const int64_t sequences = p.mask.varlen ? std::max<int64_t>(p.num_sequences, 1) : 1;
   // Q and dO in 16 bits, dQ in 32.
   const int64_t column_bytes =

@@ -30,8 +30,8 @@ class ForwardConsumer {
       : smem_(smem), a_(a), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void run() {
-    if (Traits::kPingPong && warpgroup_ == Traits::kConsumers - 1) give_turn();
-    Step step = Step::end();  // the one whose P waits for its V
+    if (warpgroup_ == Traits::kConsumers - 1) give_turn();  // the first warpgroup's
+    Step step = Step::end();                                // the one whose P waits for its V
     for (;;) {
       steps_ = device::uniform(steps_);
       wait_key();
@@ -340,13 +340,9 @@ class ForwardConsumer {
   }
   // The warpgroups issue their products in turn, so that one's softmax runs under another's
   // products.
-  __device__ __forceinline__ void take_turn() {
-    if (Traits::kPingPong) ptx::named_barrier_sync(1 + warpgroup_, 256);
-  }
+  __device__ __forceinline__ void take_turn() { ptx::named_barrier_sync(1 + warpgroup_, 256); }
   __device__ __forceinline__ void give_turn() {
-    if (Traits::kPingPong) {
-      ptx::named_barrier_arrive(1 + (warpgroup_ + 1) % Traits::kConsumers, 256);
-    }
+    ptx::named_barrier_arrive(1 + (warpgroup_ + 1) % Traits::kConsumers, 256);
   }
 
   typename Traits::Smem& smem_;

@@ -17,8 +17,12 @@ inline bool has_uneven_tiles(const Problem& p) {
 template <typename Traits>
 const char* launch_forward(const ForwardParams& p, cudaStream_t stream) {
   if (!(p.scale > 0.0f)) return kNotCovered;  // the softmax takes its maximum over S
+  // The heaviest tiles of all heads first: groups of heads that fit L2 cost more in balance than
+  // they save. H200, causal, T = 16384, over cuDNN, groups of 16, 32, 64 MB and none: 1.08, 1.18,
+  // 1.25, 1.35 with head dim 128; 0.92, 1.03, 1.06, 1.19 with 256.
+  constexpr int64_t kNoLimit = INT64_MAX;
   ForwardArguments a{.p = p,
-                     .schedule = forward_schedule(p, Traits::kBlockM, 2),
+                     .schedule = forward_schedule(p, Traits::kBlockM, 2, kNoLimit),
                      .num_tiles = 0,
                      .counter = -1,
                      .scale_log2 = p.scale * 1.44269504088896341f};
@@ -27,10 +31,6 @@ const char* launch_forward(const ForwardParams& p, cudaStream_t stream) {
       !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, Traits::kBlockN, a.v)) {
     return kNotCovered;
   }
-  // The heaviest tiles of all heads first. Groups of heads that fit L2, as the sm_80 kernels have
-  // them, cost more in balance than they save (H200, causal, T = 16384, over cuDNN: groups of 16,
-  // 32, 64 MB and none, H = 128: 1.08, 1.18, 1.25, 1.35; H = 256: 0.92, 1.03, 1.06, 1.19).
-  if (a.schedule.is_descending) a.schedule.group = static_cast<int32_t>(p.heads);
   const int64_t tiles = a.schedule.num_ctas(p);
   if (tiles > INT32_MAX) return "jax_flash: query: too many tiles for one launch";
   a.num_tiles = static_cast<uint32_t>(tiles);
@@ -50,33 +50,33 @@ const char* launch_forward(const ForwardParams& p, cudaStream_t stream) {
 }
 
 // Tiles by head dims: warpgroups of 64 queries, keys a step, stages of K and of V, Q in registers,
-// stages of Q, turns. docs/kernels/hopper_forward.md has the arithmetic and the measurements. Where
+// stages of Q. docs/kernels/hopper_forward.md has the arithmetic and the measurements. Where
 // random bits are drawn, they need the registers that are changed here.
 template <int kHeadDim, int kValueDim, bool kHasDropout>
 struct ForwardForm;
 template <bool kHasDropout>
 struct ForwardForm<64, 64, kHasDropout> {
-  using Tiles = ForwardTiles<64, 64, kHasDropout ? 2 : 3, 128, 4, 4, false, 2, true>;
+  using Tiles = ForwardTiles<64, 64, kHasDropout ? 2 : 3, 128, 4, 4, false, 2>;
 };
 template <bool kHasDropout>
 struct ForwardForm<96, 96, kHasDropout> {
-  using Tiles = ForwardTiles<96, 96, 2, 128, 2, 2, true, 1, true>;
+  using Tiles = ForwardTiles<96, 96, 2, 128, 2, 2, true, 1>;
 };
 template <bool kHasDropout>
 struct ForwardForm<128, 128, kHasDropout> {
-  using Tiles = ForwardTiles<128, 128, 2, 128, 2, 2, !kHasDropout, kHasDropout ? 2 : 1, true>;
+  using Tiles = ForwardTiles<128, 128, 2, 128, 2, 2, !kHasDropout, kHasDropout ? 2 : 1>;
 };
 template <bool kHasDropout>
 struct ForwardForm<192, 128, kHasDropout> {
-  using Tiles = ForwardTiles<192, 128, 2, kHasDropout ? 96 : 128, 2, 2, false, 1, true>;
+  using Tiles = ForwardTiles<192, 128, 2, kHasDropout ? 96 : 128, 2, 2, false, 1>;
 };
 template <bool kHasDropout>
 struct ForwardForm<192, 192, kHasDropout> {
-  using Tiles = ForwardTiles<192, 192, 2, 96, 2, 2, false, 1, true>;
+  using Tiles = ForwardTiles<192, 192, 2, 96, 2, 2, false, 1>;
 };
 template <bool kHasDropout>
 struct ForwardForm<256, 256, kHasDropout> {
-  using Tiles = ForwardTiles<256, 256, 2, 64, 2, 2, false, 1, true>;
+  using Tiles = ForwardTiles<256, 256, 2, 64, 2, 2, false, 1>;
 };
 
 // Short sequences at head dim 64: tiles of 192 queries would hang over their ends, and a job is a
@@ -84,8 +84,8 @@ struct ForwardForm<256, 256, kHasDropout> {
 // full 1.01, 1.02, 1.15, causal 0.71, 0.80, 0.96; 256 x 64 full 1.08, 1.05, 1.05; 128 x 128 causal
 // 0.83, 0.86, 0.92.
 inline constexpr int64_t kShort = 1024;
-using ShortFullTiles = ForwardTiles<64, 64, 4, 64, 4, 4, false, 2, true>;
-using ShortCausalTiles = ForwardTiles<64, 64, 2, 128, 4, 4, true, 1, true>;
+using ShortFullTiles = ForwardTiles<64, 64, 4, 64, 4, 4, false, 2>;
+using ShortCausalTiles = ForwardTiles<64, 64, 2, 128, 4, 4, true, 1>;
 
 }  // namespace jax_flash::attention::sm90
 

@@ -37,7 +37,7 @@ class Step {
 
 // What the instance files choose.
 template <int kHeadDim_, int kValueDim_, int kConsumers_, int kBlockN_, int kKeyStages_,
-          int kValueStages_, bool kQueryInRegisters_, int kQueryStages_, bool kPingPong_>
+          int kValueStages_, bool kQueryInRegisters_, int kQueryStages_>
 struct ForwardTiles {
   static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
   static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 queries
@@ -45,7 +45,6 @@ struct ForwardTiles {
   static constexpr int kKeyStages = kKeyStages_, kValueStages = kValueStages_;
   static constexpr bool kQueryInRegisters = kQueryInRegisters_;
   static constexpr int kQueryStages = kQueryStages_;  // Q in shared memory
-  static constexpr bool kPingPong = kPingPong_;
 };
 
 template <typename Element_, typename Tiles, bool kHasDropout_>
