@@ -70,19 +70,26 @@ function(jax_flash_cuda_module name)
   install(TARGETS ${name} LIBRARY DESTINATION jax_flash)
 endfunction()
 
-jax_flash_cuda_module(_cuda csrc/common/module_cuda.cc csrc/attention/ffi_cuda.cc)
+# Every folder of csrc with an ffi_cuda.cc is an operator: its handlers, its kernels for any GPU, its
+# kernels for sm_90a.
+set(JAX_FLASH_OPERATORS "*" CACHE STRING
+    "Which operators get CUDA kernels (a glob of folders of csrc): one alone builds fast")
+mark_as_advanced(JAX_FLASH_OPERATORS)
+set(operator csrc/${JAX_FLASH_OPERATORS})
+file(GLOB cuda_handlers CONFIGURE_DEPENDS ${operator}/ffi_cuda.cc)
+jax_flash_cuda_module(_cuda csrc/common/module_cuda.cc ${cuda_handlers})
 
 # sm_80 is the complete implementation. Its machine code serves Ampere and Ada; Hopper gets its own
 # from the same PTX, since compiling it at the first call would take tens of seconds; newer GPUs
 # compile the PTX.
 file(GLOB sm80_sources CONFIGURE_DEPENDS
-  csrc/attention/cuda/*.cu csrc/attention/cuda/instances/*.cu)
+  ${operator}/cuda/*.cu ${operator}/cuda/instances/*.cu)
 jax_flash_kernels(sm80 _cuda
   GENCODE "arch=compute_80,code=[sm_80,compute_80]" "arch=compute_80,code=sm_90"
   SOURCES ${sm80_sources})
 
 # sm_90a: kernels on TMA and wgmma, which only that architecture assembles.
-file(GLOB sm90_sources CONFIGURE_DEPENDS csrc/attention/cuda/instances/sm90/*.cu)
+file(GLOB sm90_sources CONFIGURE_DEPENDS ${operator}/cuda/instances/sm90/*.cu)
 if(sm90_sources)
   jax_flash_kernels(sm90 _cuda
     GENCODE "arch=compute_90a,code=sm_90a" SOURCES ${sm90_sources})

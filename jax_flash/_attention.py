@@ -82,23 +82,24 @@ def check_sizes(seq_q: int, seq_k: int) -> None:
             refuse(name, f"a sequence axis of at most {_MAX_ROWS}", size)
 
 
-def check_implementation(implementation: str | None) -> None:
+def check_implementation(
+    implementation: str | None,
+    operator: str = "attention",
+    kernels: Sequence[str] = ("cpu", "cuda"),
+) -> None:
+    """Passes None, "xla" and, of the platforms for which the operator has kernels, those built."""
     if implementation not in IMPLEMENTATIONS:
         refuse("implementation", f"one of {IMPLEMENTATIONS}", repr(implementation))
-    reason = _register.missing(implementation) if implementation in ("cpu", "cuda") else None
+    if implementation in (None, "xla"):
+        return
+    reason = _register.missing(implementation)
+    if implementation not in kernels:
+        reason = (
+            f"{operator} has no {implementation} kernels; None and 'xla' run XLA's form on every "
+            "platform"
+        )
     if reason is not None:
         raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-
-
-def check_xla_only(implementation: str | None, operator: str) -> None:
-    """For operators without kernels of ours: None and "xla" pass."""
-    if implementation not in IMPLEMENTATIONS:
-        refuse("implementation", f"one of {IMPLEMENTATIONS}", repr(implementation))
-    if implementation in ("cuda", "cpu"):
-        raise NotImplementedError(
-            f"implementation={implementation!r}: {operator} has no {implementation} kernels; "
-            "None and 'xla' run XLA's form on every platform"
-        )
 
 
 def static_scale(scale: Any, head_dim: int) -> float:

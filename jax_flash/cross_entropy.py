@@ -177,7 +177,7 @@ def _loss(
     **linear: int,
 ):
     """The loss by `statistics` of `tensors`, whose columns on this device are `vocabulary`."""
-    shared.check_xla_only(implementation, "cross-entropy")
+    shared.check_implementation(implementation, "cross-entropy", ())
     smoothing = _static_number(
         "label_smoothing", label_smoothing, "a number in [0, 1)", lambda s: 0 <= s < 1
     )

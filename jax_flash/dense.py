@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jax_flash._attention import as_tensor, check_xla_only, refuse, static_flag
+from jax_flash._attention import as_tensor, check_implementation, refuse, static_flag
 from jax_flash._ops import dense as ops
 from jax_flash._ops._op import vary_together
 
@@ -78,7 +78,7 @@ def dense(
       TypeError, ValueError: an argument has the wrong type, shape or value.
       NotImplementedError: the implementation asked for by name does not exist.
     """
-    check_xla_only(implementation, "dense")
+    check_implementation(implementation, "dense", ())
     x = as_tensor("x", x, 1)
     weight, bias = _check_weight("weight", weight, x.shape[-1], "bias", bias)
     config = ops.DenseConfig(
@@ -163,7 +163,7 @@ def mlp(
       TypeError, ValueError: an argument has the wrong type, shape or value.
       NotImplementedError: the implementation asked for by name does not exist.
     """
-    check_xla_only(implementation, "dense")
+    check_implementation(implementation, "dense", ())
     x = as_tensor("x", x, 1)
     weight1, bias1 = _check_weight("weight1", weight1, x.shape[-1], "bias1", bias1)
     gated = _check_activation(activation) in ops.GATED

@@ -280,7 +280,7 @@ def _dropout_add_norm(
     residual_in_fp32: bool = False,
     return_mask: bool = False,
 ):
-    shared.check_xla_only(implementation, "norm")
+    shared.check_implementation(implementation, "norm", ())
     epsilon = _static_float("epsilon", epsilon)
     prenorm = shared.static_flag("prenorm", prenorm)
     residual_in_fp32 = shared.static_flag("residual_in_fp32", residual_in_fp32)

@@ -306,7 +306,7 @@ def apply_rotary(
 
     {raises}
     """
-    shared.check_xla_only(implementation, "rotary")
+    shared.check_implementation(implementation, "rotary", ())
     x = shared.as_tensor("x", x, 3)
     is_key = shared.static_flag("is_key", is_key)
     conjugate = shared.static_flag("conjugate", conjugate)
@@ -340,7 +340,7 @@ def apply_rotary_qkvpacked(
 
     {raises}
     """
-    shared.check_xla_only(implementation, "rotary")
+    shared.check_implementation(implementation, "rotary", ())
     qkv = shared.as_tensor("qkv", qkv, 4)
     if qkv.shape[-3] != 3:
         shared.refuse("qkv", "[*B, T, 3, N, H]", f"shape {qkv.shape}")

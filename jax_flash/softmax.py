@@ -128,7 +128,7 @@ def scaled_masked_softmax(
 
     {raises}
     """
-    shared.check_xla_only(implementation, "softmax")
+    shared.check_implementation(implementation, "softmax", ())
     scores = shared.as_tensor("scores", scores, 2)
     config = SoftmaxConfig(_static_scale(scale), implementation)
     mask = _mask_operand(mask, scores.shape)
@@ -157,7 +157,7 @@ def scaled_causal_softmax(
 
     {raises}
     """
-    shared.check_xla_only(implementation, "softmax")
+    shared.check_implementation(implementation, "softmax", ())
     scores = shared.as_tensor("scores", scores, 2)
     shared.check_sizes(*scores.shape[-2:])
     config = SoftmaxConfig(_static_scale(scale), implementation)

@@ -13,13 +13,9 @@
 #include <vector>
 
 #include "attention/params.h"
-#include "common/dtype.h"
-#include "common/error.h"
-#include "xla/ffi/api/ffi.h"
+#include "common/handler.h"
 
 namespace jax_flash::attention {
-
-namespace ffi = xla::ffi;
 
 enum class Packing : int32_t { kSeparate = 0, kKeyValue = 1, kQueryKeyValue = 2 };
 
@@ -28,10 +24,6 @@ struct Operands {  // shared by forward and backward
   ffi::AnyBuffer query_lengths, key_lengths, causal_offset;
   ffi::AnyBuffer dropout_state, head_ids, block_mask;
 };
-
-inline bool is_empty(const ffi::AnyBuffer& buffer) {
-  return buffer.dimensions().size() == 1 && buffer.dimensions()[0] == 0;
-}
 
 // Walks one buffer's axes: batch axes become strides, the rest must match `tail` exactly.
 class Layout {
@@ -105,16 +97,6 @@ ffi::Error per_batch(const char* name, const ffi::AnyBuffer& buffer, ffi::DataTy
   out.batch = layout.batch();
   return ffi::Error::Success();
 }
-
-template <typename T>
-ffi::Error read_attribute(const ffi::Dictionary& attributes, const char* name, T& out) {
-  auto value = attributes.get<T>(name);
-  if (value.has_error()) return value.error();
-  out = value.value();
-  return ffi::Error::Success();
-}
-
-inline int64_t item_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
 // Fills Problem and the q, k, v views; `batch_shape` is the full one, taken from an output of the
 // call.
@@ -354,6 +336,22 @@ inline ffi::Error decode_backward(const Operands& in, const BackwardBuffers& b,
   p.workspace = b.workspace.untyped_data();
   p.workspace_bytes = static_cast<int64_t>(b.workspace.size_bytes());
   return ffi::Error::Success();
+}
+
+// The buffers in the order of _ops/attention.py.
+
+inline ffi::Error decode_forward(const CallFrame& call, ForwardParams& p) {
+  const auto& in = call.operands;
+  const Operands operands{in[0], in[1], in[2], in[3], in[4], in[5], in[6], in[7], in[8]};
+  return decode_forward(operands, call.attributes, call.results[0], call.results[1], p);
+}
+
+inline ffi::Error decode_backward(const CallFrame& call, BackwardParams& p) {
+  const auto& in = call.operands;
+  const auto& out = call.results;
+  const Operands operands{in[0], in[1], in[2], in[7], in[8], in[9], in[10], in[11], in[12]};
+  const BackwardBuffers buffers{in[3], in[4], in[5], in[6], out[0], out[1], out[2], out[3]};
+  return decode_backward(operands, buffers, call.attributes, p);
 }
 
 }  // namespace jax_flash::attention

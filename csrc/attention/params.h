@@ -10,12 +10,12 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace jax_flash::attention {
 
 inline constexpr int kBatchDims = 3;
 inline constexpr int64_t kUnbounded = INT64_C(1) << 40;  // a window side without a limit
-
-enum class DType : int32_t { kF32, kF16, kBF16 };
 
 // Element strides of the leading batch axes; 0 where the operand is shared.
 struct BatchStrides {

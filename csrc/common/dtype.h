@@ -1,24 +1,12 @@
-// XLA's element types -> ours, once, at the border.
+// The element types that the kernels know.
 #pragma once
 
-#include <optional>
-
-#include "attention/params.h"
-#include "xla/ffi/api/ffi.h"
+#include <cstdint>
 
 namespace jax_flash {
 
-inline std::optional<attention::DType> to_dtype(xla::ffi::DataType type) {
-  switch (type) {
-    case xla::ffi::F32:
-      return attention::DType::kF32;
-    case xla::ffi::F16:
-      return attention::DType::kF16;
-    case xla::ffi::BF16:
-      return attention::DType::kBF16;
-    default:
-      return std::nullopt;
-  }
-}
+enum class DType : int32_t { kF32, kF16, kBF16 };
+
+inline constexpr int64_t item_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
 }  // namespace jax_flash

@@ -1,24 +1,4 @@
 // The extension module jax_flash._cpu: the table of CPU handlers, nothing else.
-#include <nanobind/nanobind.h>
+#include "common/module.h"
 
-#include "attention/handlers.h"
-
-namespace nb = nanobind;
-
-namespace {
-
-template <typename Handler>
-nb::capsule handler(Handler* symbol) {
-  return nb::capsule(reinterpret_cast<void*>(symbol));
-}
-
-}  // namespace
-
-NB_MODULE(_cpu, module) {
-  module.def("registrations", [] {
-    nb::dict table;
-    table["jax_flash.attention_forward"] = handler(AttentionForward);
-    table["jax_flash.attention_backward"] = handler(AttentionBackward);
-    return table;
-  });
-}
+NB_MODULE(_cpu, module) { jax_flash::define_registrations(module); }

@@ -96,7 +96,6 @@ int64_t heads_per_task(const Problem& p, int64_t len_q) {
   return heads;
 }
 
-int64_t item_bytes(const Problem& p) { return p.dtype == DType::kF32 ? 4 : 2; }
 
 }  // namespace
 
@@ -107,7 +106,7 @@ ffi::Error run_forward(const ForwardParams& p, ffi::ThreadPool& pool) {
   const Kernels* kernels = choose_kernels(p.dtype, problem);
   if (kernels == nullptr) return ffi::Error::InvalidArgument(problem);
   const Sequences sequences = find_sequences(p);
-  fill_gaps(p.o, item_bytes(p), p.heads, p.value_dim, sequences.query_gaps);
+  fill_gaps(p.o, item_bytes(p.dtype), p.heads, p.value_dim, sequences.query_gaps);
   fill_gaps(p.lse, p.heads, sequences.query_gaps);
 
   // first_task[s]: how many tasks the sequences before s have.
@@ -143,9 +142,9 @@ ffi::Error run_backward(const BackwardParams& p, ffi::ThreadPool& pool) {
   const Kernels* kernels = choose_kernels(p.dtype, problem);
   if (kernels == nullptr) return ffi::Error::InvalidArgument(problem);
   const Sequences sequences = find_sequences(p);
-  fill_gaps(p.dq, item_bytes(p), p.heads, p.head_dim, sequences.query_gaps);
-  fill_gaps(p.dk, item_bytes(p), p.kv_heads, p.head_dim, sequences.key_gaps);
-  fill_gaps(p.dv, item_bytes(p), p.kv_heads, p.value_dim, sequences.key_gaps);
+  fill_gaps(p.dq, item_bytes(p.dtype), p.heads, p.head_dim, sequences.query_gaps);
+  fill_gaps(p.dk, item_bytes(p.dtype), p.kv_heads, p.head_dim, sequences.key_gaps);
+  fill_gaps(p.dv, item_bytes(p.dtype), p.kv_heads, p.value_dim, sequences.key_gaps);
 
   const int64_t units = static_cast<int64_t>(sequences.list.size()) * p.kv_heads;
   if (units == 0) return ffi::Error::Success();
