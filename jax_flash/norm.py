@@ -62,7 +62,8 @@ _ARGUMENTS = """
         has the residual's dtype.)
       return_mask: also return the dropout mask(s): bool [*R, D], True where x is kept, and False
         in rows that get nothing from a compact x.
-      implementation: None or "xla"; "cuda" and "cpu" have no kernels for norms yet.
+      implementation: None, "cuda" or "xla"; None takes the CUDA kernels on an NVIDIA GPU, and
+        XLA's form elsewhere.
 
     Returns:
       z in x's dtype, or the tuple of what applies of (z, z1, s, mask, mask of x1). The norm and its
@@ -280,7 +281,7 @@ def _dropout_add_norm(
     residual_in_fp32: bool = False,
     return_mask: bool = False,
 ):
-    shared.check_implementation(implementation, "norm", ())
+    shared.check_implementation(implementation, "norm", ("cuda",))
     epsilon = _static_float("epsilon", epsilon)
     prenorm = shared.static_flag("prenorm", prenorm)
     residual_in_fp32 = shared.static_flag("residual_in_fp32", residual_in_fp32)
@@ -415,7 +416,8 @@ def layer_norm(
       weight: [D], float32 or x's dtype.
       bias: [D], weight's dtype, or None.
       epsilon: added to the variance.
-      implementation: None or "xla"; "cuda" and "cpu" have no kernels for norms yet.
+      implementation: None, "cuda" or "xla"; None takes the CUDA kernels on an NVIDIA GPU, and
+        XLA's form elsewhere.
 
     Returns:
       [*R, D] in x's dtype. A row that holds NaN or inf is NaN, and no other is. Rows shard freely
@@ -446,7 +448,8 @@ def rms_norm(
       weight: [D], float32 or x's dtype.
       bias: [D], weight's dtype, or None.
       epsilon: added to the mean square.
-      implementation: None or "xla"; "cuda" and "cpu" have no kernels for norms yet.
+      implementation: None, "cuda" or "xla"; None takes the CUDA kernels on an NVIDIA GPU, and
+        XLA's form elsewhere.
 
     Returns:
       [*R, D] in x's dtype. In a row that holds inf, its infinities are NaN and all else is 0 before

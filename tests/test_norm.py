@@ -6,6 +6,7 @@ form.
 
 import dataclasses
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,16 @@ EPSILON = 1e-3
 def on_cpu():
     with jax.default_device(jax.devices("cpu")[0]):
         yield
+
+
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, programs.installed("cuda")])
+
+
+@pytest.fixture(params=["xla", CUDA])
+def implementation(request):
+    device = jax.devices("gpu" if request.param == "cuda" else "cpu")[0]
+    with jax.default_device(device):
+        yield request.param
 
 
 def dropout_key():
@@ -144,14 +155,30 @@ CASES = {
     "subset_rms": Case(has="", is_rms=True, options=("x_subset", "rowscale")),
     "out_subset": Case(has="residual", options=("out_subset",)),
 }
+# For the kernels: rows in pairs, blocks of 16 and several to a team; every number of vectors a
+# thread; widths that are no multiples of 8, or of 16 alone; two norms of float32 rows.
+CASES |= {
+    "many_rows": Case(rows=(10007,), width=40, rate=0.1),
+    "two_units_a_team": Case(rows=(600,), width=2056, has=EVERYTHING, rate=0.1, residual=None),
+    "unaligned_rows": Case(rows=(35,), width=2051, rate=0.1, options=("rowscale",)),
+    "wide": Case(rows=(2, 19), width=8192, rate=0.1, weights=None),
+    "wider": Case(rows=(18,), width=12296, has=EVERYTHING, rate=0.1, weights=None),
+    "widest": Case(rows=(5,), width=16384, residual=None, weights=None),
+    "wide_two_norms": Case(rows=(21,), width=4104, has="residual bias x1 weight1 bias1"),
+    "wide_subset": Case(
+        rows=(70,), width=1032, has=EVERYTHING, rate=0.3, options=("x_subset", "out_subset")
+    ),
+}
+KERNEL_WIDTH = 16384
 HALF_TOO = ("layer", "rms", "one_feature", "prime", "everything", "two_norms", "subset")
-RUNS = [(name, "float32") for name in CASES] + [
+HALF_TOO += ("two_units_a_team", "unaligned_rows", "wide", "wider", "widest", "wide_subset")
+RUNS = [(name, "float32") for name in CASES if name not in ("wider",)] + [
     (name, dtype) for name in HALF_TOO for dtype in ("bfloat16", "float16")
 ]
 
 
 @pytest.mark.parametrize("name,dtype", RUNS)
-def test_definition(name, dtype):
+def test_definition(name, dtype, implementation):
     """Outputs and every gradient."""
     case = CASES[name]
     arrays, options = case.make(dtype)
@@ -171,6 +198,7 @@ def test_definition(name, dtype):
             dropout_key=dropout_key() if case.rate else None,
             prenorm=True,
             residual_in_fp32=fp32,
+            implementation=None if case.width > KERNEL_WIDTH else implementation,
             **options,
         )
         simple = functools.partial(
@@ -255,33 +283,37 @@ def test_the_reference_derivative_is_that_of_the_reference():
 # Dropout -----------------------------------------------------------------------------------------
 
 
-def test_mask_on_request_is_the_mask():
+@pytest.mark.parametrize("width", [37, 1032])
+def test_mask_on_request_is_the_mask(implementation, width):
     """The bits of the definition, in the order of the rows of every axis; each branch its own."""
-    x = jnp.ones((3, 7, 37))
+    x = jnp.ones((3, 7, width))
     z, s, mask, mask1 = ours(
         False,
-        dict(x=x, x1=x * 100, weight=jnp.ones(37)),
+        dict(x=x, x1=x * 100, weight=jnp.ones(width)),
         dropout_rate=0.4,
         dropout_key=dropout_key(),
         prenorm=True,
         return_mask=True,
+        implementation=implementation,
     )
     for branch, m in enumerate((mask, mask1)):
-        keep = reference.dropout_keep(0.4, KEY, 21, 37, branch)
-        np.testing.assert_array_equal(m.reshape(21, 37), keep)
+        keep = reference.dropout_keep(0.4, KEY, 21, width, branch)
+        np.testing.assert_array_equal(m.reshape(21, width), keep)
     assert 0.2 < (mask != mask1).mean()
     np.testing.assert_allclose(s, (mask + 100.0 * mask1) * reference.keep_scale(0.4), rtol=1e-6)
     compact = np.array([2, 0, 1], np.int32)
-    arrays = dict(x=x[0, :2], weight=jnp.ones(37))
-    _, mask = ours(True, arrays, x_subset=compact, return_mask=True)
-    np.testing.assert_array_equal(mask, np.repeat(compact[:, None] > 0, 37, 1))
+    arrays = dict(x=x[0, :2], weight=jnp.ones(width))
+    options = dict(return_mask=True, implementation=implementation)
+    _, mask = ours(True, arrays, x_subset=compact, **options)
+    np.testing.assert_array_equal(mask, np.repeat(compact[:, None] > 0, width, 1))
 
 
-def test_what_is_dropped_may_be_anything():
+def test_what_is_dropped_may_be_anything(implementation):
     """NaN and inf of x vanish where the mask drops them."""
     keep = reference.dropout_keep(0.5, KEY, 6, 24)
     x = np.where(keep, 1.0, np.array([np.nan, np.inf] * 12)).astype(np.float32)
-    f = functools.partial(ours, False, dropout_rate=0.5, dropout_key=dropout_key())
+    options = dict(dropout_rate=0.5, dropout_key=dropout_key(), implementation=implementation)
+    f = functools.partial(ours, False, **options)
     z, gradient = jax.value_and_grad(lambda a: jnp.sum(f(a) ** 3))(
         dict(x=x, weight=np.ones(24, np.float32), layerscale=np.full(24, 0.5, np.float32))
     )
@@ -292,7 +324,7 @@ def test_what_is_dropped_may_be_anything():
 # Transformations ---------------------------------------------------------------------------------
 
 
-def whole_call(arrays, *, key=None, rowscale=None, subset=None):
+def whole_call(arrays, *, key=None, rowscale=None, subset=None, implementation=None):
     """A call with everything that can be differentiated, mapped or cut; x is compact if `subset`
     is."""
     z, s = ours(
@@ -303,6 +335,7 @@ def whole_call(arrays, *, key=None, rowscale=None, subset=None):
         rowscale=rowscale,
         x_subset=subset,
         prenorm=True,
+        implementation=implementation,
     )
     return z, s
 
@@ -343,7 +376,7 @@ def test_grad_of_grad(name):
     programs.assert_close(got, want, 2e-5)
 
 
-def test_vmap_of_grad_on_any_operand():
+def test_vmap_of_grad_on_any_operand(implementation):
     """Each operand mapped alone, and all: as a loop gives; the mask is that of the entry's key."""
     arrays, rowscale = whole_arrays(), normal(9, 4, 6)
     key = jnp.asarray(KEY)
@@ -359,7 +392,8 @@ def test_vmap_of_grad_on_any_operand():
     def gradient(operands):
         operands = dict(operands)
         key, rowscale = operands.pop("key"), operands.pop("rowscale")
-        return jax.value_and_grad(value)(operands, key=key, rowscale=rowscale)
+        options = dict(key=key, rowscale=rowscale, implementation=implementation)
+        return jax.value_and_grad(value)(operands, **options)
 
     one = jax.jit(gradient)
     for mapped in (("x",), ("residual",), ("weight",), ("layerscale", "rowscale"), ("key",), many):
@@ -371,13 +405,14 @@ def test_vmap_of_grad_on_any_operand():
         programs.assert_close(got, want, 1e-5)
 
 
-def test_vmap_over_subsets_and_another_axis():
+def test_vmap_over_subsets_and_another_axis(implementation):
     arrays = whole_arrays(rows=(5,), x=(3, 24))
     subsets = jnp.asarray([[1, 0, 2, 3, 0], [0, 0, 3, 0, 1]])
     residuals = normal(11, 5, 2, 24)
 
     def gradient(subset, residual):
-        return jax.grad(value)(arrays | {"residual": residual}, subset=subset)
+        options = dict(subset=subset, implementation=implementation)
+        return jax.grad(value)(arrays | {"residual": residual}, **options)
 
     got = jax.vmap(gradient, (0, 1))(subsets, residuals)
     entries = [gradient(subsets[i], residuals[:, i]) for i in range(2)]
@@ -421,10 +456,8 @@ def test_a_call_writes_no_more_than_it_needs():
     assert [i for i, on in enumerate(written) if on] == [dx, dweight]
 
 
-def test_lowers_for_cuda_and_exports_with_any_batch():
+def test_exports_with_any_batch():
     arrays = whole_arrays()
-    text = jax.jit(jax.grad(value)).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
-    assert "stablehlo.rsqrt" in text and "custom_call @jax_flash" not in text
     symbol = jax.export.symbolic_shape("n, 24")
     shape = jax.ShapeDtypeStruct(symbol, jnp.float32)
 
@@ -434,6 +467,46 @@ def test_lowers_for_cuda_and_exports_with_any_batch():
     exported = jax.export.export(jax.jit(f))(shape, shape)
     x, residual = normal(1, 5, 24), normal(2, 5, 24)
     programs.assert_close(tuple(exported.call(x, residual)), f(x, residual), 1e-6)
+
+
+def lowered_for_cuda(f, *arrays):
+    return jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@programs.installed("cuda")
+def test_becomes_two_custom_calls_on_cuda():
+    """Rows as they lie in memory, one axis of entries; nothing of the size of x beside them."""
+    arrays = whole_arrays()
+    text = lowered_for_cuda(jax.grad(value), arrays)
+    (forward, inputs, outputs), (backward, inputs_back, outputs_back) = programs.custom_calls(text)
+    assert (forward, backward) == ("jax_flash.norm_forward", "jax_flash.norm_backward")
+    assert inputs[:3] == ["1x24x24xf32", "0xf32", "1x24x24xf32"]
+    assert outputs[:5] == ["1x24x24xf32", "0xf32", "1x24x24xf32", "1x24xf32", "1x24xf32"]
+    assert inputs_back[1:4] == outputs[2:5] and inputs_back[-5:] == inputs[-5:]
+    assert outputs_back[3:5] == ["1x24xf32"] * 2 and outputs_back[9] == "3x1x24x24xf32"
+    mapped = jax.vmap(jax.grad(value), ({name: 0 if name == "x" else None for name in arrays},))
+    text = lowered_for_cuda(mapped, arrays | {"x": jnp.ones((5, *arrays["x"].shape))})
+    (_, inputs, outputs), (_, _, outputs_back) = programs.custom_calls(text)
+    assert inputs[:3] == ["5x24x24xf32", "0xf32", "1x24x24xf32"] and inputs[3] == "1x24xf32"
+    assert outputs[0] == "5x24x24xf32" and outputs_back[3] == "5x24xf32"
+
+
+@programs.installed("cuda")
+def test_what_the_kernels_refuse_runs_in_xla_s_form():
+    def f(x):
+        return jax_flash.rms_norm(x, jnp.ones(x.shape[-1]))
+
+    for x, reason in (
+        (jax.ShapeDtypeStruct((2, 16392), jnp.float32), "16392 features"),
+        (jax.ShapeDtypeStruct((1 << 30, 2), jnp.bfloat16), None),
+        (jax.ShapeDtypeStruct(((1 << 30) + 1, 2), jnp.bfloat16), "rows"),
+    ):
+        programs.forget_warnings()
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            text = lowered_for_cuda(f, x)
+        assert ("custom_call @jax_flash" in text) == (reason is None)
+        assert [w for w in given if reason and reason in str(w.message)] or reason is None
 
 
 # Devices -----------------------------------------------------------------------------------------
@@ -568,10 +641,11 @@ def test_subsets_of_sharded_rows():
 
 
 @pytest.mark.parametrize("is_rms", [False, True])
-def test_rows_that_are_not_finite_spoil_no_other(is_rms):
-    x = np.asarray(normal(0, 6, 17)).copy()
+def test_rows_that_are_not_finite_spoil_no_other(is_rms, implementation):
+    x = np.array(normal(0, 6, 17))
     x[1], x[3, 5], x[4, 2] = -np.inf, np.nan, np.inf
     call = jax_flash.rms_norm if is_rms else jax_flash.layer_norm
+    call = functools.partial(call, implementation=implementation)
     z = np.asarray(call(x, np.ones(17, np.float32)))
     good = [0, 2, 5]
     assert np.isfinite(z[good]).all() and np.isnan(z[[1, 3]]).all()
@@ -584,42 +658,55 @@ def test_rows_that_are_not_finite_spoil_no_other(is_rms):
     assert np.isfinite(np.asarray(dx)[good]).all()
 
 
-def test_no_rows_and_no_compact_rows():
+def test_no_rows_and_no_compact_rows(implementation):
     vector = jnp.ones(24)
     arrays = dict(x=jnp.ones((0, 3, 24)), residual=jnp.ones((0, 3, 24)), weight=vector)
     options = dict(dropout_rate=0.5, dropout_key=KEY, prenorm=True, return_mask=True)
+    options["implementation"] = implementation
     gradient = jax.grad(lambda a: sum(jnp.sum(x) for x in ours(False, a, **options)))(arrays)
     assert gradient["x"].shape == (0, 3, 24)
     np.testing.assert_array_equal(gradient["weight"], 0)
     z = ours(True, dict(x=jnp.ones((0, 24)), residual=jnp.ones((3, 24)), weight=vector),
-             x_subset=jnp.zeros(3, jnp.int32))  # fmt: skip
+             x_subset=jnp.zeros(3, jnp.int32), implementation=implementation)  # fmt: skip
     np.testing.assert_allclose(z, 1, rtol=1e-3)
-    batched = jax.vmap(lambda x: jax_flash.layer_norm(x, vector))(jnp.ones((2, 0, 24)))
-    assert batched.shape == (2, 0, 24)
+    batched = jax.vmap(lambda x: jax_flash.layer_norm(x, vector, implementation=implementation))
+    assert batched(jnp.ones((2, 0, 24))).shape == (2, 0, 24)
+    assert batched(jnp.ones((0, 3, 24))).shape == (0, 3, 24)
 
 
-def test_traced_subsets_that_are_refused_elsewhere():
+def test_traced_subsets_that_are_refused_elsewhere(implementation):
     """Out of range is none; rows named twice are summed."""
     x, weight = normal(0, 3, 24), jnp.ones(24)
 
     @jax.jit
     def f(x_subset, out_subset):
-        options = dict(x_subset=x_subset, out_subset=out_subset, out_rows=3, prenorm=True)
-        return jax_flash.dropout_add_rms_norm(x, None, weight, **options)
+        def call(x):
+            options = dict(x_subset=x_subset, out_subset=out_subset, out_rows=3, prenorm=True)
+            options["implementation"] = implementation
+            return jax_flash.dropout_add_rms_norm(x, None, weight, **options)
+
+        results, pull = jax.vjp(call, x)
+        return *results, *pull(results)
 
     wild = f(jnp.array([1, 7, -4, 3]), jnp.array([-1, 2, 99, 1]))
     tame = f(jnp.array([1, 0, 0, 3]), jnp.array([0, 2, 0, 1]))
     programs.assert_equal(wild, tame)
     assert np.isfinite(wild[0]).all()
-    twice = f(jnp.array([1, 1, 2, 3]), jnp.array([2, 0, 2, 0]))[0]
-    apart = f(jnp.array([1, 1, 2, 3]), jnp.array([1, 0, 2, 0]))[0]
-    np.testing.assert_allclose(twice[1], apart[0] + apart[1], rtol=1e-6)
+    twice = f(jnp.array([1, 1, 2, 3]), jnp.array([2, 0, 2, 0]))
+    apart = f(jnp.array([1, 1, 2, 3]), jnp.array([1, 0, 2, 0]))
+    np.testing.assert_allclose(twice[0][1], apart[0][0] + apart[0][1], rtol=1e-6)
+    np.testing.assert_array_equal(twice[0][0], 0)
+    named_once = f(jnp.array([1, 0, 2, 3]), jnp.array([1, 0, 2, 0]))
+    assert np.abs(apart[2][0] - named_once[2][0]).max() > 0.1
+    np.testing.assert_allclose(apart[2][1:], named_once[2][1:], rtol=1e-6)
 
 
-def test_the_same_call_has_the_same_bits():
-    arrays = whole_arrays()
-    f = jax.jit(jax.value_and_grad(value))
-    programs.assert_equal(f(arrays), f(arrays))
+def test_the_same_call_has_the_same_bits(implementation):
+    arrays = whole_arrays(rows=(40, 61), width=520)
+    f = jax.jit(jax.value_and_grad(functools.partial(value, implementation=implementation)))
+    first = f(arrays)
+    for _ in range(3):
+        programs.assert_equal(f(arrays), first)
 
 
 # Refusals ----------------------------------------------------------------------------------------
@@ -684,7 +771,9 @@ REFUSED = {
     "out_rows_type": (
         add(X, None, W, out_subset=np.array([1, 0, 0]), out_rows=1.0),
         TypeError, "out_rows: expected a Python int"),
-    "cuda": (add(X, X, W, implementation="cuda"), NotImplementedError, "implementation='cuda': "),
+    "cuda": (
+        add(jnp.ones((1, 16392)), None, jnp.ones(16392), implementation="cuda"),
+        NotImplementedError, "implementation='cuda'"),
     "cpu": (
         add(X, X, W, implementation="cpu"),
         NotImplementedError, "implementation='cpu': norm has no cpu kernels"),

@@ -36,6 +36,12 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// "Parallel synchronization and communication instructions: bar.sync": waits for `threads` threads
+// at one of the CTA's sixteen barriers (0 is that of __syncthreads).
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // "Warp-level matrix load instruction: ldmatrix": four 8x8 matrices of 16-bit elements; lanes 8i to
 // 8i+7 give the row addresses of matrix i. Register i then holds, in lane l, elements (row l / 4,
 // columns 2 (l % 4) and + 1) of matrix i.

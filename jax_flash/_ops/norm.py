@@ -18,12 +18,15 @@ The names R0, R1, ... are the axes of rows, along which devices share a call; su
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_flash._ops import norm_xla
-from jax_flash._ops._op import BATCH, Implementation, Op, Signature, is_off
+from jax_flash._ops import _register, norm_xla
+from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ class NormConfig:
       has_residual, has_x1, has_bias, has_bias1: which gradients the backward gives.
       x_rows, out_rows: rows of a compact x and of a compact z, where subsets are given.
       dropout_threshold: 16-bit draws below it drop; 0: no dropout.
-      implementation: None (by platform) or "xla".
+      implementation: None (by platform), "cuda" or "xla".
     """
 
     epsilon: float
@@ -202,17 +205,144 @@ def _xla(function, results):
     return Implementation("xla", run)
 
 
+# CUDA --------------------------------------------------------------------------------------------
+#
+# The kernels see one axis of entries, which is all batch axes, and one of rows: [entries, rows, D],
+# [entries, rows], [entries, D]; entries is 1 in what all of them share.
+
+_MAX_WIDTH, _MAX_ROWS = 16384, 1 << 30
+_SHARED_BYTES = 215 << 10  # what a CTA may have, where there is most of it
+_CTAS = 192  # each writes a row of partial sums; no GPU has more multiprocessors yet
+
+
+def _flat(config, x, axes, is_vector, lead):
+    """The shape of an array of rows, of compact rows or of a vector, with batch axes `lead`."""
+    tail = x.shape[len(lead) :]
+    if not is_vector and not {"M", "Z"} & set(axes):
+        tail = (math.prod(tail[: config.row_axes]), *tail[config.row_axes :])
+    return math.prod(lead), *tail
+
+
+def _call(target, names, results, vectors, scratch, config, *operands):
+    """One custom call; `vectors`: which operands and which results have no rows."""
+    operand_axes, result_axes = names(config, operands)
+    promised = results(config, *operands)
+    lead, rows = _lead_and_rows(operand_axes, operands)
+    if 0 in (*lead, *rows):
+        return [jnp.zeros(p.shape, p.dtype) for p in promised]
+
+    given = []
+    for i, (x, axes) in enumerate(zip(operands, operand_axes, strict=True)):
+        if not is_off(x):
+            own = x.shape[: len(lead)]
+            if own != lead and math.prod(own) != 1:  # nested vmaps over ever different operands
+                x, own = jnp.broadcast_to(x, (*lead, *x.shape[len(lead) :])), lead
+            x = x.reshape(_flat(config, x, axes, i in vectors[0], own))
+        given.append(x)
+    shapes = [
+        p.shape if is_off(p) else _flat(config, p, axes, i in vectors[1], lead)
+        for i, (p, axes) in enumerate(zip(promised, result_axes, strict=True))
+    ]
+    returned = ffi_call(
+        target,
+        (
+            *(jax.ShapeDtypeStruct(s, p.dtype) for s, p in zip(shapes, promised, strict=True)),
+            *scratch(config, math.prod(lead), math.prod(rows), operands, promised),
+        ),
+        *given,
+        epsilon=np.float32(config.epsilon),
+        is_rms=config.is_rms,
+        x_rows=np.int64(config.x_rows),
+        out_rows=np.int64(config.out_rows),
+        dropout_threshold=np.int64(config.dropout_threshold),
+    )
+    return [x.reshape(p.shape) for x, p in zip(returned, promised, strict=False)]
+
+
+def _claims(entries, compact_rows, subset):
+    """Who names each row of a compact result."""
+    shape = (0,) if is_off(subset) else (entries, 2, compact_rows)
+    return jax.ShapeDtypeStruct(shape, jnp.uint32)
+
+
+def _forward_scratch(config, entries, rows, operands, results):
+    return [_claims(entries, config.out_rows, operands[-3])]
+
+
+def _backward_scratch(config, entries, rows, operands, results):
+    sums = [x for x in results[3:] if not is_off(x)]
+    shape = (len(sums), entries, min(rows, -(-_CTAS // entries)), sums[0].shape[-1])
+    return [
+        _claims(entries, config.x_rows, operands[-4]),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    ]
+
+
+def _refuse(copied, sums):
+    """`copied`, `sums`: (config, *operands) -> arrays of rows that the kernel copies to shared
+    memory, and how many sums over rows it keeps there."""
+
+    def refuse(config, *operands) -> str | None:
+        if (reason := _register.missing("cuda")) is not None:
+            return reason
+        arrays = [x for x in copied(*operands) if not is_off(x)]
+        for x in arrays:
+            if x.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
+                return f"{x.dtype} (kernels: float32, float16, bfloat16)"
+        if not all(isinstance(n, int) for x in arrays for n in x.shape):
+            return "sizes that are symbols of jax.export"
+        width = arrays[0].shape[-1]
+        if width > _MAX_WIDTH:
+            return f"{width} features (kernels: up to {_MAX_WIDTH})"
+        if max(math.prod(x.shape[:-1]) for x in arrays) > _MAX_ROWS:
+            return f"more than {_MAX_ROWS} rows"
+        multiple = 2048 if width > _MAX_WIDTH // 2 else 512
+        items = sum(x.dtype.itemsize for x in arrays) + 4 * sums(*operands)
+        if items * (-(-width // multiple) * multiple) > _SHARED_BYTES:
+            return f"{width} features in {len(arrays)} arrays exceed a CTA's shared memory"
+        return None
+
+    return refuse
+
+
+def _native(direction, names, results, vectors, scratch, refuse):
+    run = functools.partial(
+        _call, f"jax_flash.norm_{direction}", names, results, vectors, scratch
+    )
+    return {"cuda": Implementation("cuda", run, refuse)}
+
+
+_FORWARD = _native(
+    "forward",
+    _forward_names,
+    _forward_results,
+    ((3, 4, 5, 6, 7, 11), ()),
+    _forward_scratch,
+    _refuse(lambda *operands: operands[:3], lambda *operands: 0),
+)
+_BACKWARD = _native(
+    "backward",
+    _backward_names,
+    _backward_results,
+    ((4, 5, 6, 13), (3, 4, 5, 6, 7)),
+    _backward_scratch,
+    _refuse(
+        lambda x, stream, *rest: (stream, *rest[5:8], x),
+        lambda *operands: 2 * (not is_off(operands[5])) + (not is_off(operands[6])),
+    ),
+)
+
 norm_forward = Op(
     "norm_forward",
     signature=_forward_signature,
     results=_forward_results,
-    native={},
+    native=_FORWARD,
     xla=_xla(norm_xla.forward, _forward_results),
 )
 norm_backward = Op(
     "norm_backward",
     signature=_backward_signature,
     results=_backward_results,
-    native={},
+    native=_BACKWARD,
     xla=_xla(norm_xla.backward, _backward_results),
 )

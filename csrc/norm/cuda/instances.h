@@ -1,0 +1,17 @@
+// The kernels that exist, each compiled in a file of its own under instances/.
+#pragma once
+
+#include "norm/cuda/plan.h"
+
+namespace jax_flash::norm {
+
+// Vectors a thread in rows wider than 8192. The backward's 256 threads have 255 registers: the two
+// sums of 8 * 8 columns take 128 of them.
+inline constexpr int kForwardWideVectors = 4, kBackwardWideVectors = 8;
+
+template <typename X>
+const char* forward(const ForwardParams& params, const Plan& plan, cudaStream_t stream);
+template <typename X>
+const char* backward(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
+
+}  // namespace jax_flash::norm

@@ -1,0 +1,7 @@
+#include "norm/cuda/backward.cuh"
+
+namespace jax_flash::norm {
+
+template const char* backward<__half>(const BackwardParams&, const Plan&, cudaStream_t);
+
+}  // namespace jax_flash::norm
