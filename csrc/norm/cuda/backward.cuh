@@ -18,7 +18,7 @@
 
 namespace jax_flash::norm {
 
-enum BackwardOperand { kStream, kDz, kDz1, kDstream, kScaledX };
+enum BackwardOperand { kStream, kDz, kDstream, kDz1, kScaledX };
 
 struct RowStatistics {
   float mean[2], rsigma[2];
@@ -33,11 +33,31 @@ struct RowStatistics {
   }
 };
 
-template <typename X, int kVectors, bool kHasDropout>
+// X: the type of dz and dx; S: that of the stream in the common forms.
+template <typename X, typename S, int kVectors_, Form kForm>
+struct BackwardTraits {
+  static constexpr int kRows = kRowsOfUnit<kVectors_>, kVectors = kVectors_;
+  static constexpr bool kAny = kForm == Form::kAny;
+  // The common forms have the stream, dz and dstream, in the order of the operands.
+  static constexpr int kOperands = kAny ? 5 : kDstream + 1;
+
+  __device__ static uint32_t offset(const Plan& plan, int index) {
+    if (kAny) return plan.operands[index].offset;
+    constexpr uint32_t kColumns = 32 * kCols * kVectors * kRows;
+    return index == kStream ? 0 : kColumns * (sizeof(S) + (index == kDz ? 0 : sizeof(X)));
+  }
+  __device__ static bool is_wide(const Plan& plan, int index) {
+    return kAny ? plan.operands[index].item_bytes == 4 : index != kDz && sizeof(S) == 4;
+  }
+};
+
+template <typename X, typename S, int kVectors, Form kForm>
 __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Plan plan) {
-  constexpr int kRows = kRowsOfUnit<kVectors>;
+  using Traits = BackwardTraits<X, S, kVectors, kForm>;
+  constexpr int kRows = Traits::kRows;
   constexpr int kValues = 2 * kRows, kLanes = 32 / kValues;  // two means of each row
+  constexpr bool kAny = Traits::kAny;
   extern __shared__ __align__(16) char shared_memory[];
   __shared__ float parts[2][kMaxThreads / 32][kValues];  // [unit parity][warp]
 
@@ -45,24 +65,15 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
   uint32_t entry_word = blockIdx.x / plan.ctas;
   int64_t entry = entry_word;
   const int cta = blockIdx.x % plan.ctas;
-  Stages<X, kVectors> stages(team, plan, p.width, entry, shared_memory);
-  const bool is_wide_stream = p.stream_dtype == DType::kF32;
+  Stages<X, Traits> stages(team, plan, p.width, entry, shared_memory);
+  const bool has_dropout = kForm == Form::kDropout || (kAny && p.dropout_threshold > 0);
+  const bool is_aligned = !kAny || plan.is_aligned;
+  const bool is_wide_stream = kAny ? p.stream_dtype == DType::kF32 : sizeof(S) == 4;
   const bool is_wide_weight = p.weight_dtype == DType::kF32;
+  DropoutKey key = has_dropout ? DropoutKey(p, entry) : DropoutKey{};
+  const float per_column = 1.0f / p.width;
   auto x_place = [&] { return Placement(p.x_subset, p.claims, p.x_rows, entry); };
   auto z_place = [&] { return Placement(p.out_subset, nullptr, p.out_rows, entry); };
-  DropoutKey key = kHasDropout ? DropoutKey(p, entry) : DropoutKey{};
-  const float per_column = 1.0f / p.width;
-
-  // Sums over rows: two in registers, others in shared memory
-  const int columns = plan.sums_bytes / 4;
-  float* sums = reinterpret_cast<float*>(shared_memory + plan.stages_bytes) +
-                team.index * plan.num_sums * columns;
-  float* dweight1 = p.dweight1 ? sums : nullptr;
-  float* dbias1 = p.dbias1 ? sums + columns : nullptr;
-  float* dlayerscale = p.dlayerscale ? sums + (plan.num_sums - 1) * columns : nullptr;
-  for (int i = team.thread; i < plan.num_sums * columns; i += team.threads) sums[i] = 0.0f;
-  float dweight[kVectors][kCols] = {}, dbias[kVectors][kCols] = {};
-
   auto named = [&](Operand::Rows rows, int row) {
     if (rows == Operand::kCompactX) return x_place().named(row);
     return rows == Operand::kCompactZ ? z_place().named(row) : row;
@@ -70,50 +81,53 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
   auto load_vector = [&](float(&vector)[kCols], const Array<void>& from, int v) {
     const int column = team.column(v);
     load<X>(vector, from.data, is_wide_weight, entry * from.entry_stride + column,
-            columns_left(p.width, column), plan.is_aligned);
+            columns_left(p.width, column), is_aligned);
   };
-  auto add_to = [&](float* sum, int v, int i, float value) { sum[team.column(v) + i] += value; };
+
+  // Sums over rows: two in registers, others in shared memory
+  float dweight[kVectors][kCols] = {}, dbias[kVectors][kCols] = {};
+  const int columns = plan.sums_bytes / 4;
+  float* sums = reinterpret_cast<float*>(shared_memory + plan.stages_bytes) +
+                team.index * plan.num_sums * columns;
+  auto add_to = [&](int sum, int v, int i, float value) {
+    sums[sum * columns + team.column(v) + i] += value;
+  };
+  if (kAny) {
+    for (int i = team.thread; i < plan.num_sums * columns; i += team.threads) sums[i] = 0.0f;
+    __syncthreads();
+  }
 
   Walk walk(plan, static_cast<int>(p.rows), cta * plan.teams + team.index,
             plan.ctas * plan.teams);
   Unit unit, ahead;
   RowIds ids, next_ids;
   RowStatistics statistics, next_statistics;
-  if (walk.peek(1, ahead)) {
-    next_ids.read(p, entry, ahead);
-    next_statistics.read(p, entry, ahead);
-  }
+  auto read_scalars = [&](const Unit& of, RowIds& row_ids, RowStatistics& row_statistics) {
+    if (has_dropout) row_ids.read(p, entry, of);
+    row_statistics.read(p, entry, of);
+  };
+  if (walk.peek(1, ahead)) read_scalars(ahead, next_ids, next_statistics);
   for (int stage = 0; stage < plan.stages; ++stage) {
     const bool exists = walk.peek(stage + 1, ahead);
-    stages.template fill<kRows>(stage, exists, ahead, named);
+    stages.fill(stage, exists, ahead, named);
   }
-  __syncthreads();  // the sums are zeros
 
-  for (int stage = 0, parity = 0; walk.next(unit, x_place()); parity ^= 1) {
+  for (int stage = 0, parity = 0; walk.template next<kAny>(unit, x_place()); parity ^= 1) {
     entry_word = device::opaque(entry_word);  // else all that depends on it is computed ahead,
     entry = entry_word;                       // and spilled
     key.key0 = device::opaque(key.key0);
     key.key1 = device::opaque(key.key1);
-    if (unit.is_repeat) {
-      ids.read(p, entry, unit);
-      statistics.read(p, entry, unit);
-      stages.template fill<kRows>(stage, true, unit, named);
+    const bool is_repeat = kAny && unit.is_repeat;
+    if (is_repeat) {
+      read_scalars(unit, ids, statistics);
+      stages.fill(stage, true, unit, named);
     } else {
       ids = next_ids;
       statistics = next_statistics;
-      if (walk.peek(1, ahead)) {
-        next_ids.read(p, entry, ahead);
-        next_statistics.read(p, entry, ahead);
-      }
+      if (walk.peek(1, ahead)) read_scalars(ahead, next_ids, next_statistics);
     }
-    stages.wait(unit.is_repeat);
+    stages.wait(is_repeat);
 
-    // y of row r
-    auto read_y = [&](float(&y)[kCols], int r, int v) {
-      stages.read(y, kStream, stage, r, v);
-#pragma unroll
-      for (int i = 0; i < kCols; ++i) y[i] = (y[i] - statistics.mean[r]) * statistics.rsigma[r];
-    };
     // The two means of each row, and the sums over rows of dz and dz * y
     float values[kValues] = {};
 #pragma unroll
@@ -123,21 +137,20 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if (unit.row[r] < 0) continue;
-        float y[kCols], d[kCols];
-        read_y(y, r, v);
+        float y[kCols], d[kCols], along = 0.0f, total = 0.0f;
+        stages.read(y, kStream, stage, r, v);
         stages.read(d, kDz, stage, r, v);
-        float along = 0.0f, total = 0.0f;
 #pragma unroll
         for (int i = 0; i < kCols; ++i) {
+          y[i] = (y[i] - statistics.mean[r]) * statistics.rsigma[r];
           const float dy = d[i] * weight[i];
           along += dy * y[i];
           total += dy;
-          if (!unit.is_repeat) {
-            dweight[v][i] += d[i] * y[i];
-            dbias[v][i] += d[i];
-          }
+          if (is_repeat) continue;
+          dweight[v][i] += d[i] * y[i];
+          dbias[v][i] += d[i];
         }
-        if (p.dz1.data) {
+        if (kAny && p.dz1.data) {
           float weight1[kCols];
           load_vector(weight1, p.weight1, v);
           stages.read(d, kDz1, stage, r, v);
@@ -146,9 +159,9 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
             const float dy = d[i] * weight1[i];
             along += dy * y[i];
             total += dy;
-            if (unit.is_repeat) continue;
-            add_to(dweight1, v, i, d[i] * y[i]);
-            if (dbias1) add_to(dbias1, v, i, d[i]);
+            if (is_repeat) continue;
+            add_to(0, v, i, d[i] * y[i]);
+            if (p.dbias1) add_to(1, v, i, d[i]);
           }
         }
         values[2 * r] += along;
@@ -181,83 +194,83 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
       const int column = team.column(v), count = columns_left(p.width, column);
       const float mean = r ? statistics.mean[1] : statistics.mean[0];
       const float rsigma = r ? statistics.rsigma[1] : statistics.rsigma[0];
-      const float along_y = r ? along[kRows - 1] : along[0];
-      const float along_one = r ? total[kRows - 1] : total[0];
-      const uint32_t id = r ? ids.id[1] : ids.id[0];
-      float weight[kCols];
+      const float of_y = (r ? along[kRows - 1] : along[0]) * rsigma * rsigma;
+      const float of_one = (r ? total[kRows - 1] : total[0]) * rsigma;
+
+      // ds = (dy - y * mean(dy * y) - mean(dy)) * rsigma + dstream
+      float ds[kCols], d[kCols], weight[kCols];
       load_vector(weight, p.weight, v);
-      float ds[kCols], d[kCols];
       stages.read(d, kDz, stage, r, v);
 #pragma unroll
       for (int i = 0; i < kCols; ++i) ds[i] = d[i] * weight[i];
-      if (p.dz1.data) {
-        float weight1[kCols];
-        load_vector(weight1, p.weight1, v);
+      if (kAny && p.dz1.data) {
+        load_vector(weight, p.weight1, v);
         stages.read(d, kDz1, stage, r, v);
 #pragma unroll
-        for (int i = 0; i < kCols; ++i) ds[i] += d[i] * weight1[i];
+        for (int i = 0; i < kCols; ++i) ds[i] += d[i] * weight[i];
       }
       stages.read(d, kStream, stage, r, v);
 #pragma unroll
-      for (int i = 0; i < kCols; ++i) {
-        const float y = (d[i] - mean) * rsigma;
-        ds[i] = (ds[i] - y * along_y - along_one) * rsigma;
-      }
+      for (int i = 0; i < kCols; ++i) ds[i] = (ds[i] * rsigma - of_one) - (d[i] - mean) * of_y;
       if (p.dstream.data) {
         stages.read(d, kDstream, stage, r, v);
 #pragma unroll
         for (int i = 0; i < kCols; ++i) ds[i] += d[i];
       }
-      if (p.dresidual && !unit.is_repeat) {
+      if (p.dresidual && !is_repeat) {
         store<X>(ds, p.dresidual, is_wide_stream, (entry * p.rows + row) * p.width + column, count,
-                 plan.is_aligned);
+                 is_aligned);
       }
 
-      const float scale = scale_of_row(p, entry, row);
+      // dx, and dx1, whose mask is another one
+      const uint32_t id = r ? ids.id[1] : ids.id[0];
 #pragma unroll 1
-      for (int branch = 0; branch < (p.dx1 ? 2 : 1); ++branch) {
-        if (kHasDropout) {
-          const bool again = r > 0 && p.dx1 == nullptr && ids.share_draws();
-          draws.draw(key, kDropoutHead + branch, id, again, column);
-        }
+      for (int branch = 0; branch < (kAny && p.dx1 ? 2 : 1); ++branch) {
 #pragma unroll
-        for (int i = 0; i < kCols; ++i) {
-          d[i] = ds[i];
-          if (kHasDropout) d[i] = draws.keeps(p, i) ? d[i] * p.dropout_scale : 0.0f;
-          d[i] *= scale;
+        for (int i = 0; i < kCols; ++i) d[i] = ds[i];
+        if (has_dropout) {
+          const bool again = r > 0 && !(kAny && p.dx1) && ids.share_draws();
+          draws.draw(key, kDropoutHead + branch, id, again, column);
+#pragma unroll
+          for (int i = 0; i < kCols; ++i) d[i] = draws.keeps(p, i) ? d[i] * p.dropout_scale : 0.0f;
         }
-        if (p.layerscale.data) {
+        if (kAny && p.rowscale.data) {
+          const float scale = scale_of_row(p, entry, row);
+#pragma unroll
+          for (int i = 0; i < kCols; ++i) d[i] *= scale;
+        }
+        if (kAny && p.layerscale.data) {
           float factor[kCols];
-          if (p.dlayerscale && !unit.is_repeat) {
+          if (p.dlayerscale && !is_repeat) {
             stages.read(factor, kScaledX, stage, r, v);
 #pragma unroll
             for (int i = 0; i < kCols; ++i) {
-              const bool counts = !kHasDropout || draws.keeps(p, i);  // else x may be NaN
-              if (counts) add_to(dlayerscale, v, i, d[i] * factor[i]);
+              const bool counts = !has_dropout || draws.keeps(p, i);  // else x may be NaN
+              if (counts) add_to(plan.num_sums - 1, v, i, d[i] * factor[i]);
             }
           }
           load_vector(factor, p.layerscale, v);
 #pragma unroll
           for (int i = 0; i < kCols; ++i) d[i] *= factor[i];
         }
-        const int x_row = x_place().target(unit, row);
+        const int x_row = kAny ? x_place().target(unit, row) : row;
         if (x_row < 0) continue;
         void* result = branch ? p.dx1 : p.dx;
         const int64_t index = (entry * p.x_rows + x_row) * p.width + column;
-        if (unit.adds) {
+        if (kAny && unit.adds) {
           float before[kCols];
-          load<X>(before, result, false, index, count, plan.is_aligned);
+          load<X>(before, result, false, index, count, is_aligned);
 #pragma unroll
           for (int i = 0; i < kCols; ++i) d[i] += before[i];
         }
-        store<X>(d, result, false, index, count, plan.is_aligned);
+        store<X>(d, result, false, index, count, is_aligned);
       }
     }
 
     // The stage is free for a later unit
     __syncwarp();  // its other lanes have read, too
     const bool exists = walk.peek(plan.stages, ahead);
-    stages.template fill<kRows>(stage, exists, ahead, named);
+    stages.fill(stage, exists, ahead, named);
     stage = stage + 1 == plan.stages ? 0 : stage + 1;
   }
 
@@ -296,9 +309,16 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
 template <typename X>
 const char* backward(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
   auto run = [&](auto kernel) { return launch(kernel, p, plan, stream); };
+  auto common = [&]<int kVectors, Form kForm>() {
+    if (sizeof(X) == 2 && p.stream_dtype == DType::kF32) {
+      return run(backward_kernel<X, float, kVectors, kForm>);
+    }
+    return run(backward_kernel<X, X, kVectors, kForm>);
+  };
   auto with_vectors = [&]<int kVectors>() {
-    return p.dropout_threshold ? run(backward_kernel<X, kVectors, true>)
-                               : run(backward_kernel<X, kVectors, false>);
+    if (!plan.is_common) return run(backward_kernel<X, X, kVectors, Form::kAny>);
+    return p.dropout_threshold ? common.template operator()<kVectors, Form::kDropout>()
+                               : common.template operator()<kVectors, Form::kPlain>();
   };
   switch (num_vectors(p.width, kBackwardWideVectors)) {
     case 1:
@@ -306,7 +326,7 @@ const char* backward(const BackwardParams& p, const Plan& plan, cudaStream_t str
     case 2:
       return with_vectors.template operator()<2>();
     default:
-      return with_vectors.template operator()<kBackwardWideVectors>();
+      return run(backward_kernel<X, X, kBackwardWideVectors, Form::kAny>);
   }
 }
 

@@ -56,6 +56,14 @@ class Draws {
     return (i % 2 == 0 ? words_[i / 2] << 16 : words_[i / 2]) >= p.dropout_threshold << 16;
   }
 
+  // keeps of all columns, as bits.
+  __device__ __forceinline__ uint32_t kept(const Problem& p) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kCols; ++i) bits |= keeps(p, i) ? 1u << i : 0;
+    return bits;
+  }
+
  private:
   Philox4 calls_[2];
   uint32_t words_[4];  // of columns 2i (low half) and 2i + 1

@@ -16,37 +16,34 @@ namespace jax_flash::norm {
 
 enum ForwardOperand { kX, kX1, kResidual };
 
-// (mean, sum of squares about it) of one warp's columns of kRows rows, and of whole rows. Lane l
-// has those of row l / (32 / kRows).
-template <int kRows>
+// Mean and variance of kRows rows, of s and of s as the stream keeps it. Lane l has those of row
+// l / kLanes.
+template <typename X, int kRows, int kVectors, bool kAny>
 class Moments {
  public:
   static constexpr int kLanes = 32 / kRows;
   static constexpr int kParts = (kMaxThreads / 32 + kLanes - 1) / kLanes;  // of a lane
 
-  __device__ Moments(const Team& team, int64_t width, int vectors, bool is_rms)
-      : team_(team), width_(width), per_column_(1.0f / width), is_rms_(is_rms) {
-    own_share_ = 1.0f / columns_of(team.warp, vectors);
-#pragma unroll
-    for (int k = 0; k < kParts; ++k) {
-      columns_[k] = columns_of(team.lane % kLanes + kLanes * k, vectors);
-    }
+  // Of one warp's columns; .x the mean, .y the sum of squares about it.
+  struct OfWarp {
+    float2 exact, kept;
+  };
+
+  __device__ Moments(const Team& team, int64_t width, bool is_rms)
+      : team_(team), width_(static_cast<int>(width)), per_column_(1.0f / width), is_rms_(is_rms) {
+    own_share_ = 1.0f / columns_of(team.warp);
   }
 
-  // Of s rounded to Kept.
-  template <typename Kept, int kVectors>
-  __device__ __forceinline__ float2 of_warp(const float (&s)[kRows][kVectors][kCols]) const {
-    auto kept = [](float x) { return device::to_float(device::from_float<Kept>(x)); };
-    float mean = 0.0f, means[kRows] = {}, sums[kRows];
+  // `is_rounded`: the stream is kept in X.
+  __device__ __forceinline__ OfWarp of_warp(const float (&s)[kRows][kVectors][kCols],
+                                            bool is_rounded) const {
+    float mean = 0.0f, means[kRows] = {}, sums[kRows] = {};
     if (!is_rms_) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        sums[r] = 0.0f;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-          float x[kCols];
-#pragma unroll
-          for (int i = 0; i < kCols; ++i) x[i] = kept(s[r][v][i]);
+          const float(&x)[kCols] = s[r][v];
           sums[r] += ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
         }
       }
@@ -54,192 +51,236 @@ class Moments {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) means[r] = __shfl_sync(kWarp, mean, r * kLanes);
     }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      sums[r] = 0.0f;
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const int count = columns_left(width_, team_.column(v));
-#pragma unroll
-        for (int i = 0; i < kCols; ++i) {
-          const float centred = kept(s[r][v][i]) - means[r];
-          if (i < count) sums[r] += centred * centred;
-        }
-      }
-    }
-    return {mean, device::warp_sums(sums)};
+    float squares[kRows] = {};
+    each_column(means, [&](int r, int v, int i, float mean) {
+      const float apart = s[r][v][i] - mean;
+      squares[r] += apart * apart;
+    });
+    const float2 exact{mean, device::warp_sums(squares)};
+    if (!is_rounded) return {exact, exact};
+
+    // Of the rounded values in one pass, about the other mean, from which theirs is hardly apart
+    float shift[kRows] = {}, about[kRows] = {};
+    each_column(means, [&](int r, int v, int i, float mean) {
+      const float apart = device::to_float(device::from_float<X>(s[r][v][i])) - mean;
+      shift[r] += apart;
+      about[r] += apart * apart;
+    });
+    if (is_rms_) return {exact, {0.0f, device::warp_sums(about)}};
+    const float sum = device::warp_sums(shift), by = sum * own_share_;
+    return {exact, {mean + by, device::warp_sums(about) - sum * by}};
   }
 
   // (mean, variance) of whole rows, from `parts` [warps][kRows].
   __device__ __forceinline__ float2 joined(const float2* parts) const {
     float2 part[kParts];
-    float sum = 0.0f, squares = 0.0f;
+    float columns[kParts], sum = 0.0f, squares = 0.0f;
 #pragma unroll
     for (int k = 0; k < kParts; ++k) {
       const int warp = team_.lane % kLanes + kLanes * k;
       part[k] = {0.0f, 0.0f};
+      columns[k] = columns_of(warp);
       if (warp >= team_.warps) continue;
       part[k] = parts[kRows * warp + team_.lane / kLanes];
-      sum += part[k].x * columns_[k];
+      sum += part[k].x * columns[k];
     }
-    const float mean = device::group_sum<kLanes>(sum) * per_column_;
+    const float mean = is_rms_ ? 0.0f : device::group_sum<kLanes>(sum) * per_column_;
 #pragma unroll
     for (int k = 0; k < kParts; ++k) {
       const float apart = part[k].x - mean;
-      if (columns_[k] > 0.0f) squares += part[k].y + columns_[k] * (apart * apart);
+      if (columns[k] > 0.0f) squares += part[k].y + columns[k] * (apart * apart);
     }
     return {mean, device::group_sum<kLanes>(squares) * per_column_};
   }
 
  private:
-  // 0 for a warp beyond the team's.
-  __device__ __forceinline__ float columns_of(int warp, int vectors) const {
-    int count = 0;
-    for (int v = 0; v < vectors && warp < team_.warps; ++v) {
-      const int start = 32 * kCols * (v * team_.warps + warp);
-      count += max(0, min(32 * kCols, static_cast<int>(width_) - start));
+  // Calls visit(row, vector, i, mean of the row) for the columns that exist; for a whole vector of
+  // others, which are zeros, with a mean of 0.
+  template <typename Visit>
+  __device__ __forceinline__ void each_column(const float (&means)[kRows], Visit&& visit) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int count = columns_left(width_, team_.column(v));
+      if (!kAny || count == kCols) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const float mean = count > 0 ? means[r] : 0.0f;
+#pragma unroll
+          for (int i = 0; i < kCols; ++i) visit(r, v, i, mean);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCols; ++i) {
+          if (i >= count) break;
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) visit(r, v, i, means[r]);
+        }
+      }
     }
-    return static_cast<float>(count);
+  }
+
+  // 0 for a warp beyond the team's.
+  __device__ __forceinline__ float columns_of(int warp) const {
+    int count = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int start = 32 * kCols * (v * team_.warps + warp);
+      count += max(0, min(32 * kCols, width_ - start));
+    }
+    return warp < team_.warps ? static_cast<float>(count) : 0.0f;
   }
 
   const Team& team_;
-  int64_t width_;
-  float per_column_, own_share_, columns_[kParts];
+  int width_;
+  float per_column_, own_share_;
   bool is_rms_;
 };
 
-template <typename X, int kVectors, bool kHasDropout>
+// X: the type of x and z; S: that of the stream in the common forms.
+template <typename X, typename S, int kVectors_, Form kForm>
+struct ForwardTraits {
+  static constexpr int kOperands = 3, kRows = kRowsOfUnit<kVectors_>, kVectors = kVectors_;
+  static constexpr bool kAny = kForm == Form::kAny;
+
+  __device__ static uint32_t offset(const Plan& plan, int index) {
+    if (kAny) return plan.operands[index].offset;
+    return index == kX ? 0 : 32 * kCols * kVectors * kRows * sizeof(X);
+  }
+  __device__ static bool is_wide(const Plan& plan, int index) {
+    return kAny ? plan.operands[index].item_bytes == 4 : index == kResidual && sizeof(S) == 4;
+  }
+};
+
+template <typename X, typename S, int kVectors, Form kForm>
 __global__ void __launch_bounds__(kMaxThreads)
     forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ Plan plan) {
-  constexpr int kRows = kRowsOfUnit<kVectors>, kLanes = 32 / kRows;
+  using Traits = ForwardTraits<X, S, kVectors, kForm>;
+  constexpr int kRows = Traits::kRows, kLanes = 32 / kRows;
+  constexpr bool kAny = kForm == Form::kAny;
   extern __shared__ __align__(16) char shared_memory[];
-  __shared__ float2 parts[2][2][kMaxThreads / 32][kRows];  // [unit parity][exact, rounded][warp][row]
+  __shared__ float2 parts[2][2][kMaxThreads / 32][kRows];  // [unit parity][exact, kept][warp][row]
 
   const Team team(plan);
   uint32_t entry_word = blockIdx.x / plan.ctas;
   int64_t entry = entry_word;
-  const int rows = static_cast<int>(p.rows);
-  Stages<X, kVectors> stages(team, plan, p.width, entry, shared_memory);
-  const bool is_wide_stream = p.stream_dtype == DType::kF32;
+  const int rows = static_cast<int>(p.rows), first_warp = team.index * team.warps;
+  Stages<X, Traits> stages(team, plan, p.width, entry, shared_memory);
+  const Moments<X, kRows, kVectors, kAny> moments(team, p.width, p.is_rms);
+  const bool has_dropout = kForm == Form::kDropout || (kAny && p.dropout_threshold > 0);
+  const bool is_aligned = !kAny || plan.is_aligned;
+  const bool is_wide_stream = kAny ? p.stream_dtype == DType::kF32 : sizeof(S) == 4;
   const bool is_wide_weight = p.weight_dtype == DType::kF32;
   const bool is_rounded = sizeof(X) == 2 && !is_wide_stream && p.stream != nullptr;
+  const DropoutKey key = has_dropout ? DropoutKey(p, entry) : DropoutKey{};
   auto x_place = [&] { return Placement(p.x_subset, nullptr, p.x_rows, entry); };
   auto z_place = [&] { return Placement(p.out_subset, p.claims, p.out_rows, entry); };
-  const Moments<kRows> moments(team, p.width, kVectors, p.is_rms);
-  const int first_warp = team.index * team.warps;
-  const DropoutKey key = kHasDropout ? DropoutKey(p, entry) : DropoutKey{};
-
-  auto named = [&](Operand::Rows rows, int row) {
-    return rows == Operand::kCompactX ? x_place().named(row) : row;
+  auto named = [&](Operand::Rows kind, int row) {
+    return kind == Operand::kCompactX ? x_place().named(row) : row;
   };
+  auto load_vector = [&](float(&vector)[kCols], const Array<void>& from, int column, int count) {
+    load<X>(vector, from.data, is_wide_weight, entry * from.entry_stride + column, count,
+            is_aligned);
+  };
+
   Walk walk(plan, rows, blockIdx.x % plan.ctas * plan.teams + team.index,
             plan.ctas * plan.teams);
   Unit unit, ahead;
   RowIds ids, next_ids;
-  if (walk.peek(1, ahead)) next_ids.read(p, entry, ahead);
+  if (has_dropout && walk.peek(1, ahead)) next_ids.read(p, entry, ahead);
   for (int stage = 0; stage < plan.stages; ++stage) {
     const bool exists = walk.peek(stage + 1, ahead);
-    stages.template fill<kRows>(stage, exists, ahead, named);
+    stages.fill(stage, exists, ahead, named);
   }
 
-  for (int stage = 0, parity = 0; walk.next(unit, z_place()); parity ^= 1) {
+  for (int stage = 0, parity = 0; walk.template next<kAny>(unit, z_place()); parity ^= 1) {
     entry_word = device::opaque(entry_word);  // else all that depends on it is computed ahead,
     entry = entry_word;                       // and spilled
-    // s of this thread's columns
-    float s[kRows][kVectors][kCols];
-    if (unit.is_repeat) {
-      ids.read(p, entry, unit);
-      stages.template fill<kRows>(stage, true, unit, named);
-    } else {
+    const bool is_repeat = kAny && unit.is_repeat;
+    if (is_repeat) {
+      if (has_dropout) ids.read(p, entry, unit);
+      stages.fill(stage, true, unit, named);
+    } else if (has_dropout) {
       ids = next_ids;
       if (walk.peek(1, ahead)) next_ids.read(p, entry, ahead);
     }
-    stages.wait(unit.is_repeat);
+    stages.wait(is_repeat);
+
+    // s of this thread's columns
+    float s[kRows][kVectors][kCols];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int column = team.column(v), count = columns_left(p.width, column);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
+        if (p.residual.data && unit.row[r] >= 0) {
+          stages.read(s[r][v], kResidual, stage, r, v);
+        } else {
 #pragma unroll
-        for (int i = 0; i < kCols; ++i) s[r][v][i] = 0.0f;
-      }
-      float factor[kCols];
-      if (p.layerscale.data) {
-        load<X>(factor, p.layerscale.data, is_wide_weight,
-                entry * p.layerscale.entry_stride + column, count, plan.is_aligned);
+          for (int i = 0; i < kCols; ++i) s[r][v][i] = 0.0f;
+        }
       }
 #pragma unroll 1
-      for (int branch = 0; branch < (p.x1.data ? 2 : 1); ++branch) {
-        uint8_t* mask = branch ? p.mask1 : p.mask;
+      for (int branch = 0; branch < (kAny && p.x1.data ? 2 : 1); ++branch) {
         Draws draws;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const int row = unit.row[r];
           if (row < 0) continue;
-          const int x_row = branch ? row : x_place().named(row);
-          float a[kCols];
-          if (p.x.data) {
-            stages.read(a, kX + branch, stage, r, v);
-          } else {  // compact, without a row
+          float a[kCols] = {};
+          if (!kAny || p.x.data) stages.read(a, kX + branch, stage, r, v);  // else no compact row
+          if (kAny && p.rowscale.data) {
+            const float scale = scale_of_row(p, entry, row);
 #pragma unroll
-            for (int i = 0; i < kCols; ++i) a[i] = 0.0f;
+            for (int i = 0; i < kCols; ++i) a[i] *= scale;
           }
-          uint32_t kept = x_row < 0 ? 0 : 0xff;
-          if (kHasDropout) {
-            draws.draw(key, kDropoutHead + branch, ids.id[r], r > 0 && ids.share_draws(),
-                       column);
-          }
-          const float scale = scale_of_row(p, entry, row);
+          if (kAny && p.layerscale.data) {
+            float factor[kCols];
+            load_vector(factor, p.layerscale, column, count);
 #pragma unroll
-          for (int i = 0; i < kCols; ++i) {
-            a[i] *= scale;
-            if (p.layerscale.data) a[i] *= factor[i];
-            if (kHasDropout) {
-              const bool keeps = draws.keeps(p, i);
-              a[i] = keeps ? a[i] * p.dropout_scale : 0.0f;
-              if (!keeps) kept &= ~(1u << i);
+            for (int i = 0; i < kCols; ++i) a[i] *= factor[i];
+          }
+          if (has_dropout) {
+            draws.draw(key, kDropoutHead + branch, ids.id[r], r > 0 && ids.share_draws(), column);
+#pragma unroll
+            for (int i = 0; i < kCols; ++i) {
+              a[i] = draws.keeps(p, i) ? a[i] * p.dropout_scale : 0.0f;
             }
-            s[r][v][i] += a[i];
           }
-          if (mask != nullptr && !unit.is_repeat) {
-            store_mask(kept, mask + (entry * p.rows + row) * p.width + column, count, plan.is_aligned);
+#pragma unroll
+          for (int i = 0; i < kCols; ++i) s[r][v][i] += a[i];
+          uint8_t* mask = branch ? p.mask1 : p.mask;
+          if (kAny && mask != nullptr && !is_repeat) {
+            uint32_t kept = 0;
+            if (branch || x_place().named(row) >= 0) kept = has_dropout ? draws.kept(p) : 0xff;
+            store_mask(kept, mask + (entry * p.rows + row) * p.width + column, count, is_aligned);
           }
         }
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        if (unit.row[r] < 0) continue;
-        if (p.residual.data) {
-          float a[kCols];
-          stages.read(a, kResidual, stage, r, v);
-#pragma unroll
-          for (int i = 0; i < kCols; ++i) s[r][v][i] += a[i];
-        }
-        if (p.stream != nullptr && !unit.is_repeat) {
-          store<X>(s[r][v], p.stream, is_wide_stream, (entry * p.rows + unit.row[r]) * p.width + column,
-                   count, plan.is_aligned);
-        }
+        if (p.stream == nullptr || unit.row[r] < 0 || is_repeat) continue;
+        store<X>(s[r][v], p.stream, is_wide_stream, (entry * p.rows + unit.row[r]) * p.width + column,
+                 count, is_aligned);
       }
     }
 
     // The stage is free for a later unit
     __syncwarp();  // its other lanes have read, too
     const bool exists = walk.peek(plan.stages, ahead);
-    stages.template fill<kRows>(stage, exists, ahead, named);
+    stages.fill(stage, exists, ahead, named);
     stage = stage + 1 == plan.stages ? 0 : stage + 1;
 
     // Statistics
     float2 (*part)[kMaxThreads / 32][kRows] = parts[parity];
-    const float2 of_warp = moments.template of_warp<float>(s);
-    if (team.lane % kLanes == 0) part[0][first_warp + team.warp][team.lane / kLanes] = of_warp;
-    if (is_rounded) {
-      const float2 of_rounded = moments.template of_warp<X>(s);
-      if (team.lane % kLanes == 0) part[1][first_warp + team.warp][team.lane / kLanes] = of_rounded;
+    const auto of_warp = moments.of_warp(s, is_rounded);
+    if (team.lane % kLanes == 0) {
+      part[0][first_warp + team.warp][team.lane / kLanes] = of_warp.exact;
+      part[1][first_warp + team.warp][team.lane / kLanes] = of_warp.kept;
     }
     team.sync();  // parts are there; those of the unit before last are free again
     const float2 all = moments.joined(part[0][first_warp]);
     const float rsigma_of_lane = rsqrtf(all.y + p.epsilon);
-    if (team.warp == 0 && !unit.is_repeat) {
+    if (team.warp == team.warps - 1 && !is_repeat) {
       const float2 kept = is_rounded ? moments.joined(part[1][first_warp]) : all;
       const int row = team.lane < kLanes ? unit.row[0] : unit.row[1];
       if (team.lane % kLanes == 0 && row >= 0) {
@@ -251,7 +292,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     // z
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float mean = p.is_rms ? 0.0f : __shfl_sync(kWarp, all.x, kLanes * r);
+      const float mean = __shfl_sync(kWarp, all.x, kLanes * r);
       const float rsigma = __shfl_sync(kWarp, rsigma_of_lane, kLanes * r);
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
@@ -260,39 +301,32 @@ __global__ void __launch_bounds__(kMaxThreads)
       }
     }
 #pragma unroll 1
-    for (int norm = 0; norm < (p.z1 ? 2 : 1); ++norm) {
+    for (int norm = 0; norm < (kAny && p.z1 ? 2 : 1); ++norm) {
       const Array<void>& weights = norm ? p.weight1 : p.weight;
       const Array<void>& biases = norm ? p.bias1 : p.bias;
       void* result = norm ? p.z1 : p.z;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         const int column = team.column(v), count = columns_left(p.width, column);
-        float weight[kCols], bias[kCols];
-        load<X>(weight, weights.data, is_wide_weight, entry * weights.entry_stride + column, count,
-                plan.is_aligned);
-        if (biases.data) {
-          load<X>(bias, biases.data, is_wide_weight, entry * biases.entry_stride + column, count,
-                  plan.is_aligned);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kCols; ++i) bias[i] = 0.0f;
-        }
+        float weight[kCols], bias[kCols] = {};
+        load_vector(weight, weights, column, count);
+        if (biases.data) load_vector(bias, biases, column, count);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (unit.row[r] < 0) continue;
-          const int z_row = z_place().target(unit, unit.row[r]);
+          const int z_row = kAny ? z_place().target(unit, unit.row[r]) : unit.row[r];
           if (z_row < 0) continue;
           const int64_t index = (entry * p.out_rows + z_row) * p.width + column;
           float z[kCols];
 #pragma unroll
           for (int i = 0; i < kCols; ++i) z[i] = s[r][v][i] * weight[i] + bias[i];
-          if (unit.adds) {
+          if (kAny && unit.adds) {
             float before[kCols];
-            load<X>(before, result, false, index, count, plan.is_aligned);
+            load<X>(before, result, false, index, count, is_aligned);
 #pragma unroll
             for (int i = 0; i < kCols; ++i) z[i] += before[i];
           }
-          store<X>(z, result, false, index, count, plan.is_aligned);
+          store<X>(z, result, false, index, count, is_aligned);
         }
       }
     }
@@ -302,9 +336,16 @@ __global__ void __launch_bounds__(kMaxThreads)
 template <typename X>
 const char* forward(const ForwardParams& p, const Plan& plan, cudaStream_t stream) {
   auto run = [&](auto kernel) { return launch(kernel, p, plan, stream); };
+  auto common = [&]<int kVectors, Form kForm>() {
+    if (sizeof(X) == 2 && p.stream_dtype == DType::kF32) {
+      return run(forward_kernel<X, float, kVectors, kForm>);
+    }
+    return run(forward_kernel<X, X, kVectors, kForm>);
+  };
   auto with_vectors = [&]<int kVectors>() {
-    return p.dropout_threshold ? run(forward_kernel<X, kVectors, true>)
-                               : run(forward_kernel<X, kVectors, false>);
+    if (!plan.is_common) return run(forward_kernel<X, X, kVectors, Form::kAny>);
+    return p.dropout_threshold ? common.template operator()<kVectors, Form::kDropout>()
+                               : common.template operator()<kVectors, Form::kPlain>();
   };
   switch (num_vectors(p.width, kForwardWideVectors)) {
     case 1:
@@ -312,7 +353,7 @@ const char* forward(const ForwardParams& p, const Plan& plan, cudaStream_t strea
     case 2:
       return with_vectors.template operator()<2>();
     default:
-      return with_vectors.template operator()<kForwardWideVectors>();
+      return run(forward_kernel<X, X, kForwardWideVectors, Form::kAny>);
   }
 }
 

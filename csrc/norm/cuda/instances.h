@@ -5,6 +5,11 @@
 
 namespace jax_flash::norm {
 
+// What the instruction stream feels. The first two forms are the common call: aligned rows, one
+// branch, one norm, no scales, no subsets, no mask written; the type of the stream is S. kAny is
+// every call.
+enum class Form { kPlain, kDropout, kAny };
+
 // Vectors a thread in rows wider than 8192. The backward's 256 threads have 255 registers: the two
 // sums of 8 * 8 columns take 128 of them.
 inline constexpr int kForwardWideVectors = 4, kBackwardWideVectors = 8;

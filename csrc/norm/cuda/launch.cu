@@ -109,6 +109,11 @@ const char* sum(const BackwardParams& p, const Plan& plan, cudaStream_t stream) 
   return status();
 }
 
+bool has_no_options(const Problem& p) {
+  return !p.weight1.data && !p.layerscale.data && !p.rowscale.data && !p.x_subset.data &&
+         !p.out_subset.data;
+}
+
 }  // namespace
 
 const char* launch_norm_forward(const ForwardParams& p, cudaStream_t stream) {
@@ -120,6 +125,9 @@ const char* launch_norm_forward(const ForwardParams& p, cudaStream_t stream) {
   wishes.pointers_are_aligned =
       are_aligned({p.x.data, p.x1.data, p.residual.data, p.weight.data, p.bias.data, p.weight1.data,
                    p.bias1.data, p.layerscale.data, p.z, p.z1, p.stream, p.mask, p.mask1});
+  wishes.is_common = wishes.vectors <= 2 && has_no_options(p) && p.x.data && !p.x1.data &&
+                     !p.mask && !p.mask1;
+  if (wishes.is_common) wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
   Plan plan;
   if (const char* error = make_plan(p, wishes, plan)) return error;
   if (const char* error = claim(p, p.out_subset, p.out_rows, p.claims, {p.z, p.z1}, stream)) return error;
@@ -132,12 +140,14 @@ const char* launch_norm_backward(const BackwardParams& p, cudaStream_t stream) {
   const auto z_rows = p.out_subset.data ? Operand::kCompactZ : Operand::kStream;
   wishes.operands[0] = {p.stream, p.stream_dtype, Operand::kStream};
   wishes.operands[1] = {p.dz, p.dtype, z_rows};
-  wishes.operands[2] = {p.dz1, p.dtype, z_rows};
-  wishes.operands[3] = {p.dstream, p.stream_dtype, Operand::kStream};
+  wishes.operands[2] = {p.dstream, p.stream_dtype, Operand::kStream};
+  wishes.operands[3] = {p.dz1, p.dtype, z_rows};
   wishes.operands[4] = {p.x, p.dtype, p.x_subset.data ? Operand::kCompactX : Operand::kStream};
   wishes.pointers_are_aligned = are_aligned(
       {p.stream.data, p.dz.data, p.dz1.data, p.dstream.data, p.x.data, p.weight.data,
        p.weight1.data, p.layerscale.data, p.dx, p.dx1, p.dresidual});
+  wishes.is_common = wishes.vectors <= 2 && has_no_options(p) && !p.dx1;
+  if (wishes.is_common) wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
   wishes.num_sums = (p.dweight1 != nullptr) + (p.dbias1 != nullptr) + (p.dlayerscale != nullptr);
   wishes.joins_teams = true;
   wishes.min_stages = 2;

@@ -25,7 +25,7 @@ struct Operand {
   int64_t entry_bytes = 0;
   int32_t item_bytes = 0;
   Rows rows = kStream;
-  uint32_t offset = 0, row_bytes = 0;  // in a stage
+  uint32_t offset = 0;  // in a warp's part of a stage
 
   Operand() = default;
   Operand(const Array<void>& array, DType dtype, Rows rows)
@@ -33,6 +33,12 @@ struct Operand {
         entry_bytes(array.entry_stride * ::jax_flash::item_bytes(dtype)),
         item_bytes(array.data ? static_cast<int32_t>(::jax_flash::item_bytes(dtype)) : 0),
         rows(rows) {}
+  // Has its place in a stage whether it is on or off, as the common forms have it.
+  Operand placed(DType dtype) const {
+    Operand operand = *this;
+    operand.item_bytes = static_cast<int32_t>(::jax_flash::item_bytes(dtype));
+    return operand;
+  }
 };
 
 struct Plan {
@@ -40,8 +46,10 @@ struct Plan {
   int ctas = 0;                     // of one entry
   int units = 0;                    // pairs, or rows, of one entry
   bool is_paired = true;            // else a unit is one row: two do not fit into shared memory
+  bool is_common = true;            // Form (instances.h)
   bool is_aligned = true;           // every row starts at a multiple of 16 bytes
   int stages = 0;                   // units whose rows lie in shared memory, or are on their way
+  uint32_t warp_bytes = 0;          // a warp's part of one of them
   uint32_t stage_bytes = 0;         // of one team
   uint32_t stages_bytes = 0;        // of all stages of all teams, first in shared memory
   uint32_t sums_bytes = 0;          // of one row of f32 columns, of one team
@@ -88,6 +96,7 @@ struct Wishes {
   Operand operands[kMaxOperands];
   int vectors = 1;
   bool pointers_are_aligned = true;
+  bool is_common = true;  // but for the alignment
   int num_sums = 0;          // rows of f32 columns that each team keeps in shared memory
   bool joins_teams = false;  // the teams of a CTA add up such a row at the end
   int min_stages = 1, max_stages = 2;
@@ -103,6 +112,7 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
   plan.team_threads = static_cast<int>((threads + 31) / 32 * 32);
   plan.is_aligned = p.width % kCols == 0 && wishes.pointers_are_aligned;
   const int64_t columns = int64_t{plan.team_threads} * vectors * kCols;
+  const bool is_common = wishes.is_common && plan.is_aligned;
   plan.sums_bytes = static_cast<uint32_t>(4 * columns);
   plan.num_sums = wishes.num_sums;
 
@@ -117,17 +127,17 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
   // Pairs of rows where enough of them fit beside each other, else single rows.
   const int64_t static_bytes = 8192;
   auto fits = [&](int64_t with_teams, int rows, int min_stages) {
-    uint32_t bytes = 0;
+    plan.warp_bytes = 0;
     for (Operand& operand : plan.operands) {
-      operand.row_bytes = static_cast<uint32_t>(columns * operand.item_bytes);
-      operand.offset = bytes;
-      bytes += operand.row_bytes * rows;
+      operand.offset = plan.warp_bytes;
+      plan.warp_bytes += 32 * kCols * vectors * rows * operand.item_bytes;
     }
-    plan.stage_bytes = bytes;
+    plan.stage_bytes = plan.warp_bytes * (plan.team_threads / 32);
     plan.is_paired = rows == 2;
+    plan.is_common = is_common && rows == most_rows;  // whose places are fixed
     plan.teams = static_cast<int>(with_teams);
     const int64_t kept = int64_t{plan.sums_bytes} * plan.num_sums;
-    const int64_t stages = ((device.shared_bytes - static_bytes) / with_teams - kept) / bytes;
+    const int64_t stages = ((device.shared_bytes - static_bytes) / with_teams - kept) / plan.stage_bytes;
     plan.stages = static_cast<int>(std::min<int64_t>(stages, wishes.max_stages));
     return plan.stages >= min_stages;
   };

@@ -113,36 +113,33 @@ __device__ __forceinline__ void store_mask(uint32_t kept, uint8_t* target, int c
 // and eight of them shall meet all 32 banks.
 __device__ __forceinline__ int swizzled(int chunk) { return chunk ^ (chunk >> 3 & 1); }
 
-// The rows of units in shared memory: `stages` units of a team, each with its rows of every operand.
-template <typename X, int kVectors>
+// The rows of units in shared memory: [stage][warp][operand][row][vector][256 columns of the warp].
+// Traits says where a warp's part of an operand begins, and of which type it is:
+//   offset(plan, index), is_wide(plan, index), kOperands, kRows, kVectors, kAny
+template <typename X, typename Traits>
 class Stages {
  public:
+  static constexpr bool kAny = Traits::kAny;
+
   __device__ Stages(const Team& team, const Plan& plan, int64_t width, int64_t entry, char* memory)
       : team_(team),
         plan_(plan),
-        width_(width),
+        width_(static_cast<int>(width)),
         entry_(entry),
-        memory_(memory + team.index * plan.stages * plan.stage_bytes) {}
+        warp_(ptx::shared_address(memory) + team.index * plan.stages * plan.stage_bytes +
+              team.warp * plan.warp_bytes) {}
 
   // Starts to copy the unit's rows; named(rows, row) says which one it is in an operand's own count,
   // -1: zeros. One group of copies, also where there is no unit.
-  template <int kRows, typename Named>
+  template <typename Named>
   __device__ __forceinline__ void fill(int stage, bool exists, const Unit& unit, Named&& named) {
     if (exists) {
+      if constexpr (kAny) {
 #pragma unroll 1
-      for (int i = 0; i < kMaxOperands; ++i) {
-        const Operand& operand = plan_.operands[i];
-        if (operand.data == nullptr) continue;
+        for (int i = 0; i < Traits::kOperands; ++i) copy_rows(i, stage, unit, named);
+      } else {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          if (unit.row[r] < 0) continue;
-          const int row = named(operand.rows, unit.row[r]);
-          if (plan_.is_aligned) {
-            copy(operand, start(operand, stage, r), row);
-          } else {
-            copy_elements(operand, start(operand, stage, r), row);
-          }
-        }
+        for (int i = 0; i < Traits::kOperands; ++i) copy_rows(i, stage, unit, named);
       }
     }
     ptx::cp_async_commit();
@@ -163,72 +160,81 @@ class Stages {
   // This thread's columns of vector v of the unit's row r.
   __device__ __forceinline__ void read(float (&x)[kCols], int index, int stage, int r,
                                        int v) const {
-    const Operand& operand = plan_.operands[index];
-    const char* part = start(operand, stage, r) + warp_start(operand, v);
-    if (sizeof(X) == 4 || operand.item_bytes == 4) {
+    if (sizeof(X) == 4 || Traits::is_wide(plan_, index)) {
+      const uint32_t part = place(index, stage, r, v, 4);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        widen<float>(x + 4 * k,
-                     *reinterpret_cast<const uint4*>(part + swizzled(2 * team_.lane + k) * 16));
+        widen<float>(x + 4 * k, ptx::load_shared_16(part + swizzled(2 * team_.lane + k) * 16));
       }
     } else {
-      widen<X>(x, *reinterpret_cast<const uint4*>(part + swizzled(team_.lane) * 16));
+      const uint32_t part = place(index, stage, r, v, 2);
+      widen<X>(x, ptx::load_shared_16(part + swizzled(team_.lane) * 16));
     }
   }
 
  private:
-  __device__ __forceinline__ char* start(const Operand& operand, int stage, int r) const {
-    return memory_ + stage * plan_.stage_bytes + operand.offset + r * operand.row_bytes;
-  }
-  // Where the warp's columns of vector v begin, in bytes.
-  __device__ __forceinline__ int warp_start(const Operand& operand, int v) const {
-    return (v * team_.warps + team_.warp) * 32 * kCols * operand.item_bytes;
-  }
-  __device__ __forceinline__ const char* source_of(const Operand& operand, int row) const {
-    return operand.data + entry_ * operand.entry_bytes + row * (width_ * operand.item_bytes);
+  __device__ __forceinline__ uint32_t place(int index, int stage, int r, int v,
+                                            int item_bytes) const {
+    return warp_ + stage * plan_.stage_bytes + Traits::offset(plan_, index) +
+           (r * Traits::kVectors + v) * 32 * kCols * item_bytes;
   }
 
-  __device__ __forceinline__ void copy(const Operand& operand, char* target, int row) const {
-    const uint32_t place = ptx::shared_address(target);
-    const char* source = source_of(operand, row);
-    const int bytes = static_cast<int>(width_) * operand.item_bytes;
+  template <typename Named>
+  __device__ __forceinline__ void copy_rows(int index, int stage, const Unit& unit,
+                                            Named&& named) {
+    const Operand& operand = plan_.operands[index];
+    if (operand.data == nullptr) return;
+    const int item_bytes = sizeof(X) == 4 || Traits::is_wide(plan_, index) ? 4 : 2;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
+    for (int r = 0; r < Traits::kRows; ++r) {
+      if (unit.row[r] < 0) continue;
+      const int row = kAny ? named(operand.rows, unit.row[r]) : unit.row[r];
+      const char* source =
+          operand.data + entry_ * operand.entry_bytes + row * (int64_t{width_} * item_bytes);
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        if (k * 2 >= operand.item_bytes) break;
-        const int first = warp_start(operand, v), chunk = k * 32 + team_.lane;
-        const bool exists = row >= 0 && first + chunk * 16 < bytes;
-        ptx::cp_async_16(place + first + swizzled(chunk) * 16, source + first + chunk * 16,
-                         exists ? 16 : 0);
+      for (int v = 0; v < Traits::kVectors; ++v) {
+        const uint32_t target = place(index, stage, r, v, item_bytes);
+        if (!kAny || plan_.is_aligned) {
+          copy(target, source, v, item_bytes, row >= 0);
+        } else {
+          copy_elements(target, source, v, item_bytes, row >= 0);
+        }
       }
     }
   }
 
+  __device__ __forceinline__ void copy(uint32_t target, const char* source, int v, int item_bytes,
+                                       bool exists) const {
+    const int first = (v * team_.warps + team_.warp) * 32 * kCols * item_bytes;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (k * 2 >= item_bytes) break;
+      const int chunk = k * 32 + team_.lane, byte = first + chunk * 16;
+      ptx::cp_async_16(target + swizzled(chunk) * 16, source + byte,
+                       exists && byte < width_ * item_bytes ? 16 : 0);
+    }
+  }
+
   // The same for rows that do not start at multiples of 16 bytes: each lane its own columns.
-  __device__ __forceinline__ void copy_elements(const Operand& operand, char* target,
-                                                int row) const {
-    const char* source = source_of(operand, row);
-#pragma unroll 1
-    for (int v = 0; v < kVectors; ++v) {
-      const int column = team_.column(v), count = row < 0 ? 0 : columns_left(width_, column);
-      float x[kCols];
-      uint4* part = reinterpret_cast<uint4*>(target + warp_start(operand, v));
-      if (sizeof(X) == 4 || operand.item_bytes == 4) {
-        load(x, reinterpret_cast<const float*>(source) + column, count, false);
-        part[swizzled(2 * team_.lane)] = narrow<float>(x);
-        part[swizzled(2 * team_.lane + 1)] = narrow<float>(x + 4);
-      } else {
-        load(x, reinterpret_cast<const X*>(source) + column, count, false);
-        part[swizzled(team_.lane)] = narrow<X>(x);
-      }
+  __device__ __forceinline__ void copy_elements(uint32_t target, const char* source, int v,
+                                                int item_bytes, bool exists) const {
+    const int column = team_.column(v), count = exists ? columns_left(width_, column) : 0;
+    float x[kCols];
+    if (item_bytes == 4) {
+      load(x, reinterpret_cast<const float*>(source) + column, count, false);
+      ptx::store_shared_16(target + swizzled(2 * team_.lane) * 16, narrow<float>(x));
+      ptx::store_shared_16(target + swizzled(2 * team_.lane + 1) * 16, narrow<float>(x + 4));
+    } else {
+      load(x, reinterpret_cast<const X*>(source) + column, count, false);
+      ptx::store_shared_16(target + swizzled(team_.lane) * 16, narrow<X>(x));
     }
   }
 
   const Team& team_;
   const Plan& plan_;
-  int64_t width_, entry_;
-  char* memory_;
+  int width_;
+  int64_t entry_;
+  uint32_t warp_;
 };
 
 }  // namespace jax_flash::norm

@@ -91,7 +91,6 @@ struct RowIds {
   uint32_t id[2] = {0, 0};
 
   __device__ __forceinline__ void read(const Problem& p, int64_t entry, const Unit& unit) {
-    if (p.dropout_threshold == 0) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       id[r] = p.row_ids.data[entry * p.row_ids.entry_stride + max(unit.row[r], 0)];
@@ -102,7 +101,7 @@ struct RowIds {
 };
 
 __device__ __forceinline__ float scale_of_row(const Problem& p, int64_t entry, int row) {
-  return p.rowscale.data ? p.rowscale.data[entry * p.rowscale.entry_stride + row] : 1.0f;
+  return p.rowscale.data[entry * p.rowscale.entry_stride + row];
 }
 
 // All units of a team: its share of the pairs, then of the rows that are named repeatedly.
@@ -111,13 +110,14 @@ class Walk {
   __device__ Walk(const Plan& plan, int rows, int first, int step)
       : plan_(plan), rows_(rows), step_(step), next_(first), compact_(first) {}
 
+  template <bool kAny>
   __device__ __forceinline__ bool next(Unit& unit, const Placement& placement) {
     if (next_ < plan_.units) {
       unit = unit_at(plan_, rows_, next_);
       next_ += step_;
       return true;
     }
-    if (placement.subset == nullptr) return false;
+    if (!kAny || placement.subset == nullptr) return false;
     return next_repeat(unit, placement);
   }
   // The unit `ahead` steps after the last one, if it is one of the pairs.
