@@ -162,7 +162,7 @@ CASES |= {
     "two_units_a_team": Case(rows=(600,), width=2056, has=EVERYTHING, rate=0.1, residual=None),
     "unaligned_rows": Case(rows=(35,), width=2051, rate=0.1, options=("rowscale",)),
     "wide": Case(rows=(2, 19), width=8192, rate=0.1, weights=None),
-    "wider": Case(rows=(18,), width=12296, has=EVERYTHING, rate=0.1, weights=None),
+    "wider": Case(rows=(18,), width=12296, rate=0.1, weights=None),
     "widest": Case(rows=(5,), width=16384, residual=None, weights=None),
     "wide_two_norms": Case(rows=(21,), width=4104, has="residual bias x1 weight1 bias1"),
     "wide_subset": Case(

@@ -52,14 +52,15 @@ struct BackwardTraits {
 };
 
 template <typename X, typename S, int kVectors, Form kForm>
-__global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
+__global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kVectors == 1 && kForm == Form::kPlain ? 1024 : kMaxThreads)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Plan plan) {
   using Traits = BackwardTraits<X, S, kVectors, kForm>;
   constexpr int kRows = Traits::kRows;
   constexpr int kValues = 2 * kRows, kLanes = 32 / kValues;  // two means of each row
   constexpr bool kAny = Traits::kAny;
+  constexpr int kUnroll = kForm == Form::kPlain ? kRows * kVectors : kForm == Form::kDropout ? 2 : 1;
   extern __shared__ __align__(16) char shared_memory[];
-  __shared__ float parts[2][kMaxThreads / 32][kValues];  // [unit parity][warp]
+  __shared__ float parts[2][32][kValues];  // [unit parity][warp]
 
   const Team team(plan);
   uint32_t entry_word = blockIdx.x / plan.ctas;
@@ -84,6 +85,16 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
             columns_left(p.width, column), is_aligned);
   };
 
+  const SharedVector<X> shared_weight(plan, shared_memory, 0, is_wide_weight);
+  if (!kAny) shared_weight.fill(p.weight, entry, p.width);
+  auto read_weight = [&](float(&weight)[kCols], int v) {
+    if (kAny) {
+      load_vector(weight, p.weight, v);
+    } else {
+      shared_weight.read(weight, team.column(v));
+    }
+  };
+
   // Sums over rows: two in registers, others in shared memory
   float dweight[kVectors][kCols] = {}, dbias[kVectors][kCols] = {};
   const int columns = plan.sums_bytes / 4;
@@ -94,8 +105,8 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
   };
   if (kAny) {
     for (int i = team.thread; i < plan.num_sums * columns; i += team.threads) sums[i] = 0.0f;
-    __syncthreads();
   }
+  __syncthreads();
 
   Walk walk(plan, static_cast<int>(p.rows), cta * plan.teams + team.index,
             plan.ctas * plan.teams);
@@ -133,7 +144,7 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       float weight[kCols];
-      load_vector(weight, p.weight, v);
+      read_weight(weight, v);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if (unit.row[r] < 0) continue;
@@ -185,9 +196,9 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
       if (p.is_rms) total[r] = 0.0f;
     }
 
-    // Gradients of the rows. Not unrolled: the sums above leave no registers for two at once.
+    // Gradients of the rows, several at once where the sums above leave registers for it
     Draws draws;
-#pragma unroll 1
+#pragma unroll(kUnroll)
     for (int k = 0; k < kRows * kVectors; ++k) {
       const int v = k / kRows, r = k % kRows, row = r ? unit.row[1] : unit.row[0];
       if (row < 0) continue;
@@ -195,11 +206,11 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
       const float mean = r ? statistics.mean[1] : statistics.mean[0];
       const float rsigma = r ? statistics.rsigma[1] : statistics.rsigma[0];
       const float of_y = (r ? along[kRows - 1] : along[0]) * rsigma * rsigma;
-      const float of_one = (r ? total[kRows - 1] : total[0]) * rsigma;
+      const float of_one = mean * of_y - (r ? total[kRows - 1] : total[0]) * rsigma;
 
       // ds = (dy - y * mean(dy * y) - mean(dy)) * rsigma + dstream
       float ds[kCols], d[kCols], weight[kCols];
-      load_vector(weight, p.weight, v);
+      read_weight(weight, v);
       stages.read(d, kDz, stage, r, v);
 #pragma unroll
       for (int i = 0; i < kCols; ++i) ds[i] = d[i] * weight[i];
@@ -211,7 +222,7 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
       }
       stages.read(d, kStream, stage, r, v);
 #pragma unroll
-      for (int i = 0; i < kCols; ++i) ds[i] = (ds[i] * rsigma - of_one) - (d[i] - mean) * of_y;
+      for (int i = 0; i < kCols; ++i) ds[i] = ds[i] * rsigma + (of_one - d[i] * of_y);
       if (p.dstream.data) {
         stages.read(d, kDstream, stage, r, v);
 #pragma unroll

@@ -94,26 +94,19 @@ class Moments {
   }
 
  private:
-  // Calls visit(row, vector, i, mean of the row) for the columns that exist; for a whole vector of
-  // others, which are zeros, with a mean of 0.
+  // Calls visit(row, vector, i, mean of the row); for columns that do not exist, and are zeros, with
+  // a mean of 0.
   template <typename Visit>
   __device__ __forceinline__ void each_column(const float (&means)[kRows], Visit&& visit) const {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int count = columns_left(width_, team_.column(v));
-      if (!kAny || count == kCols) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const float mean = count > 0 ? means[r] : 0.0f;
-#pragma unroll
-          for (int i = 0; i < kCols; ++i) visit(r, v, i, mean);
-        }
-      } else {
+      for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int i = 0; i < kCols; ++i) {
-          if (i >= count) break;
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) visit(r, v, i, means[r]);
+          const bool exists = (kAny ? i : 0) < count;
+          visit(r, v, i, exists ? means[r] : 0.0f);
         }
       }
     }
@@ -152,13 +145,13 @@ struct ForwardTraits {
 };
 
 template <typename X, typename S, int kVectors, Form kForm>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? 1024 : kMaxThreads)
     forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ Plan plan) {
   using Traits = ForwardTraits<X, S, kVectors, kForm>;
   constexpr int kRows = Traits::kRows, kLanes = 32 / kRows;
   constexpr bool kAny = kForm == Form::kAny;
   extern __shared__ __align__(16) char shared_memory[];
-  __shared__ float2 parts[2][2][kMaxThreads / 32][kRows];  // [unit parity][exact, kept][warp][row]
+  __shared__ float2 parts[2][2][32][kRows];  // [unit parity][exact, kept][warp][row]
 
   const Team team(plan);
   uint32_t entry_word = blockIdx.x / plan.ctas;
@@ -171,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool is_wide_stream = kAny ? p.stream_dtype == DType::kF32 : sizeof(S) == 4;
   const bool is_wide_weight = p.weight_dtype == DType::kF32;
   const bool is_rounded = sizeof(X) == 2 && !is_wide_stream && p.stream != nullptr;
-  const DropoutKey key = has_dropout ? DropoutKey(p, entry) : DropoutKey{};
+  DropoutKey key = has_dropout ? DropoutKey(p, entry) : DropoutKey{};
   auto x_place = [&] { return Placement(p.x_subset, nullptr, p.x_rows, entry); };
   auto z_place = [&] { return Placement(p.out_subset, p.claims, p.out_rows, entry); };
   auto named = [&](Operand::Rows kind, int row) {
@@ -181,6 +174,14 @@ __global__ void __launch_bounds__(kMaxThreads)
     load<X>(vector, from.data, is_wide_weight, entry * from.entry_stride + column, count,
             is_aligned);
   };
+
+  const SharedVector<X> shared_weight(plan, shared_memory, 0, is_wide_weight);
+  const SharedVector<X> shared_bias(plan, shared_memory, 1, is_wide_weight);
+  if (!kAny) {
+    shared_weight.fill(p.weight, entry, p.width);
+    if (p.bias.data) shared_bias.fill(p.bias, entry, p.width);
+    __syncthreads();
+  }
 
   Walk walk(plan, rows, blockIdx.x % plan.ctas * plan.teams + team.index,
             plan.ctas * plan.teams);
@@ -195,6 +196,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int stage = 0, parity = 0; walk.template next<kAny>(unit, z_place()); parity ^= 1) {
     entry_word = device::opaque(entry_word);  // else all that depends on it is computed ahead,
     entry = entry_word;                       // and spilled
+    key.key0 = device::opaque(key.key0);
+    key.key1 = device::opaque(key.key1);
     const bool is_repeat = kAny && unit.is_repeat;
     if (is_repeat) {
       if (has_dropout) ids.read(p, entry, unit);
@@ -271,7 +274,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     stage = stage + 1 == plan.stages ? 0 : stage + 1;
 
     // Statistics
-    float2 (*part)[kMaxThreads / 32][kRows] = parts[parity];
+    float2 (*part)[32][kRows] = parts[parity];
     const auto of_warp = moments.of_warp(s, is_rounded);
     if (team.lane % kLanes == 0) {
       part[0][first_warp + team.warp][team.lane / kLanes] = of_warp.exact;
@@ -309,8 +312,13 @@ __global__ void __launch_bounds__(kMaxThreads)
       for (int v = 0; v < kVectors; ++v) {
         const int column = team.column(v), count = columns_left(p.width, column);
         float weight[kCols], bias[kCols] = {};
-        load_vector(weight, weights, column, count);
-        if (biases.data) load_vector(bias, biases, column, count);
+        if (kAny) {
+          load_vector(weight, weights, column, count);
+          if (biases.data) load_vector(bias, biases, column, count);
+        } else {
+          shared_weight.read(weight, column);
+          if (biases.data) shared_bias.read(bias, column);
+        }
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (unit.row[r] < 0) continue;

@@ -128,6 +128,9 @@ const char* launch_norm_forward(const ForwardParams& p, cudaStream_t stream) {
   wishes.is_common = wishes.vectors <= 2 && has_no_options(p) && p.x.data && !p.x1.data &&
                      !p.mask && !p.mask1;
   if (wishes.is_common) wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
+  wishes.num_vectors = 1 + (p.bias.data != nullptr);
+  if (getenv("NORM_T") && wishes.is_common && wishes.vectors == 1 && !p.dropout_threshold) wishes.max_threads = 1024;
+  if (getenv("NORM_S")) wishes.max_stages = atoi(getenv("NORM_S"));
   Plan plan;
   if (const char* error = make_plan(p, wishes, plan)) return error;
   if (const char* error = claim(p, p.out_subset, p.out_rows, p.claims, {p.z, p.z1}, stream)) return error;
@@ -148,11 +151,14 @@ const char* launch_norm_backward(const BackwardParams& p, cudaStream_t stream) {
        p.weight1.data, p.layerscale.data, p.dx, p.dx1, p.dresidual});
   wishes.is_common = wishes.vectors <= 2 && has_no_options(p) && !p.dx1;
   if (wishes.is_common) wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
+  wishes.num_vectors = 1;
   wishes.num_sums = (p.dweight1 != nullptr) + (p.dbias1 != nullptr) + (p.dlayerscale != nullptr);
   wishes.joins_teams = true;
   wishes.min_stages = 2;
   wishes.max_stages = 3;
   wishes.max_ctas = p.num_partials;
+  if (getenv("NORM_T") && wishes.is_common && wishes.vectors == 1 && !p.dropout_threshold) wishes.max_threads = 1024;
+  if (getenv("NORM_S")) wishes.max_stages = atoi(getenv("NORM_S"));
   Plan plan;
   if (const char* error = make_plan(p, wishes, plan)) return error;
   if (const char* error = claim(p, p.x_subset, p.x_rows, p.claims, {p.dx}, stream)) return error;

@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "norm/params.h"
 
@@ -54,12 +55,15 @@ struct Plan {
   uint32_t stages_bytes = 0;        // of all stages of all teams, first in shared memory
   uint32_t sums_bytes = 0;          // of one row of f32 columns, of one team
   int num_sums = 0;                 // such rows that each team keeps after the stages
+  uint32_t vector_bytes = 0;        // of a weight or bias there, in the common forms
+  int num_vectors = 0;
   Operand operands[kMaxOperands];
 };
 
 // Vectors of 8 columns a thread. Narrow rows spread over the lanes of a warp, wide ones give every
 // thread more to do between barriers; `wide` is the kernel's own number for the widest.
 inline int num_vectors(int64_t width, int wide) {
+  if (getenv("NORM_V") && width <= 4096) return atoi(getenv("NORM_V"));
   return width <= 32 * kCols ? 1 : width <= 2 * kCols * kMaxThreads ? 2 : wide;
 }
 
@@ -95,8 +99,10 @@ inline bool is_16_byte_aligned(const void* pointer) {
 struct Wishes {
   Operand operands[kMaxOperands];
   int vectors = 1;
+  int max_threads = kMaxThreads;  // of a CTA
   bool pointers_are_aligned = true;
   bool is_common = true;  // but for the alignment
+  int num_vectors = 0;       // weights and biases that the common forms keep in shared memory
   int num_sums = 0;          // rows of f32 columns that each team keeps in shared memory
   bool joins_teams = false;  // the teams of a CTA add up such a row at the end
   int min_stages = 1, max_stages = 2;
@@ -112,6 +118,7 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
   plan.team_threads = static_cast<int>((threads + 31) / 32 * 32);
   plan.is_aligned = p.width % kCols == 0 && wishes.pointers_are_aligned;
   const int64_t columns = int64_t{plan.team_threads} * vectors * kCols;
+  plan.vector_bytes = static_cast<uint32_t>(columns * item_bytes(p.weight_dtype));
   const bool is_common = wishes.is_common && plan.is_aligned;
   plan.sums_bytes = static_cast<uint32_t>(4 * columns);
   plan.num_sums = wishes.num_sums;
@@ -119,13 +126,13 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
   // As many teams as fit and have something to do; there are 15 named barriers.
   const int most_rows = vectors > 2 ? kRowsOfUnit<4> : kRowsOfUnit<1>;
   const int64_t units = num_units(p.rows, most_rows == 2) * p.entries;
-  int64_t teams = std::max(1, kMaxThreads / plan.team_threads);
+  int64_t teams = std::max(1, wishes.max_threads / plan.team_threads);
   if (vectors > 2) teams = 1;
   if (plan.team_threads > 32) teams = std::min<int64_t>(teams, 15);
   teams = std::max<int64_t>(1, std::min(teams, units / device.sms));
 
   // Pairs of rows where enough of them fit beside each other, else single rows.
-  const int64_t static_bytes = 8192;
+  const int64_t static_bytes = 2048;
   auto fits = [&](int64_t with_teams, int rows, int min_stages) {
     plan.warp_bytes = 0;
     for (Operand& operand : plan.operands) {
@@ -136,8 +143,10 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
     plan.is_paired = rows == 2;
     plan.is_common = is_common && rows == most_rows;  // whose places are fixed
     plan.teams = static_cast<int>(with_teams);
-    const int64_t kept = int64_t{plan.sums_bytes} * plan.num_sums;
-    const int64_t stages = ((device.shared_bytes - static_bytes) / with_teams - kept) / plan.stage_bytes;
+    plan.num_vectors = plan.is_common ? wishes.num_vectors : 0;
+    const int64_t kept = static_bytes + int64_t{plan.vector_bytes} * plan.num_vectors +
+                         with_teams * plan.sums_bytes * plan.num_sums;
+    const int64_t stages = (device.shared_bytes - kept) / with_teams / plan.stage_bytes;
     plan.stages = static_cast<int>(std::min<int64_t>(stages, wishes.max_stages));
     return plan.stages >= min_stages;
   };
@@ -158,7 +167,8 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
 }
 
 inline int shared_bytes(const Plan& plan) {
-  return static_cast<int>(plan.stages_bytes + plan.teams * plan.num_sums * plan.sums_bytes);
+  return static_cast<int>(plan.stages_bytes + plan.num_vectors * plan.vector_bytes +
+                          plan.teams * plan.num_sums * plan.sums_bytes);
 }
 
 template <typename Params>

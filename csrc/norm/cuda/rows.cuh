@@ -40,7 +40,7 @@ __device__ __forceinline__ uint4 narrow(const float* x) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Elements at `source`, `count` of them (8 where aligned), and zeros.
+// Elements at `source`, `count` of them (none or 8 where aligned), and zeros.
 template <typename Element>
 __device__ __forceinline__ void load(float (&x)[kCols], const Element* source, int count,
                                      bool is_aligned) {
@@ -60,7 +60,7 @@ template <typename Element>
 __device__ __forceinline__ void store(const float (&x)[kCols], Element* target, int count,
                                       bool is_aligned) {
   if (is_aligned) {
-    if (count == 0) return;
+    if (count <= 0) return;
 #pragma unroll
     for (int i = 0; i < kCols; i += 16 / sizeof(Element)) {
       *reinterpret_cast<uint4*>(target + i) = narrow<Element>(x + i);
@@ -112,6 +112,43 @@ __device__ __forceinline__ void store_mask(uint32_t kept, uint8_t* target, int c
 // Where the 16-byte chunk of a warp's part of a row lies: float32 lanes read every second chunk,
 // and eight of them shall meet all 32 banks.
 __device__ __forceinline__ int swizzled(int chunk) { return chunk ^ (chunk >> 3 & 1); }
+
+// A vector [width] of X, or of float32, in shared memory: what all rows need does not fit into the
+// little that remains of L1.
+template <typename X>
+class SharedVector {
+ public:
+  __device__ SharedVector(const Plan& plan, char* memory, int index, bool is_wide)
+      : place_(ptx::shared_address(memory) + plan.stages_bytes + index * plan.vector_bytes),
+        num_chunks_(plan.vector_bytes / 16),
+        is_wide_(sizeof(X) == 4 || is_wide) {}
+
+  // All threads of the CTA; a barrier must follow. Columns that do not exist are zeros.
+  __device__ __forceinline__ void fill(const Array<void>& from, int64_t entry, int width) const {
+    const int item_bytes = is_wide_ ? 4 : 2;
+    const auto* source = reinterpret_cast<const uint4*>(
+        static_cast<const char*>(from.data) + entry * from.entry_stride * item_bytes);
+    for (int chunk = threadIdx.x; chunk < num_chunks_; chunk += blockDim.x) {
+      const bool exists = chunk < width * item_bytes / 16;
+      ptx::store_shared_16(place_ + swizzled(chunk) * 16, exists ? source[chunk] : uint4{});
+    }
+  }
+  __device__ __forceinline__ void read(float (&x)[kCols], int column) const {
+    if (is_wide_) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        widen<float>(x + 4 * k, ptx::load_shared_16(place_ + swizzled(column / 4 + k) * 16));
+      }
+    } else {
+      widen<X>(x, ptx::load_shared_16(place_ + swizzled(column / 8) * 16));
+    }
+  }
+
+ private:
+  uint32_t place_;
+  int num_chunks_;
+  bool is_wide_;
+};
 
 // The rows of units in shared memory: [stage][warp][operand][row][vector][256 columns of the warp].
 // Traits says where a warp's part of an operand begins, and of which type it is:

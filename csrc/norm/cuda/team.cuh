@@ -33,9 +33,11 @@ struct Team {
   __device__ __forceinline__ int column(int v) const { return kCols * (thread + v * threads); }
 };
 
-// Of the 8 columns from `column` on, those that exist.
+// Columns from `column` on: of a vector's 8, those below it exist; none where it is not positive.
+// NOTE: not clamped to 0..8. ptxas 13.0 takes the comparison of max(0, min(n, 8)) with 8 from the
+// predicate of VIMNMX.RELU, and gets it wrong.
 __device__ __forceinline__ int columns_left(int64_t width, int column) {
-  return max(0, min(kCols, static_cast<int>(width) - column));
+  return static_cast<int>(width) - column;
 }
 
 // One row, or two, that a team works on at once.
