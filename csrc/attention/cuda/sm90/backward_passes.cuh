@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(kPassThreads)
   const uint32_t query_tiles = static_cast<uint32_t>(plan.batches) * heads * slots;
   const uint32_t tile = blockIdx.x;  // [batches, heads, query_slots]
   if (tile >= query_tiles) {
-    const int index =
-        static_cast<int>((tile - query_tiles) * kPlacesPerCta + threadIdx.x / 32);
+    const int index = static_cast<int>((tile - query_tiles) * kPlacesPerCta + threadIdx.x / 32);
     if (index == 0 && threadIdx.x == 0) *a.next_tile = 0;
     if (index >= a.num_places) return;
     const KeyTilePlace place = find_place<kBlockM, Traits::kBlockN>(a, index);
@@ -214,9 +213,9 @@ __global__ void __launch_bounds__(kPassThreads)
     const Sequence s = find_sequence(p, batch, Axis::kQuery, kBlockM, slot);
     if (s.slot_is_empty(Axis::kQuery)) return;
     finish_tile<Element, kBlockM, kHeadDim>(
-        plan.dq_sum + int64_t{tile} * (kBlockM * kHeadDim), 1, 0,
-        p.scale * dropout, element_pointer<Element>(p.dq, batch, s.query_start + s.first_row, head),
-        p.dq.row_stride, s.query_rows - s.first_row, static_cast<int>(p.head_dim));
+        plan.dq_sum + int64_t{tile} * (kBlockM * kHeadDim), 1, 0, p.scale * dropout,
+        element_pointer<Element>(p.dq, batch, s.query_start + s.first_row, head), p.dq.row_stride,
+        s.query_rows - s.first_row, static_cast<int>(p.head_dim));
   } else {
     const int64_t index = blockIdx.x - query_tiles,
                   tiles = plan.batches * p.kv_heads * plan.key_slots;
