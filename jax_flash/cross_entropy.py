@@ -177,7 +177,7 @@ def _loss(
     **linear: int,
 ):
     """The loss by `statistics` of `tensors`, whose columns on this device are `vocabulary`."""
-    shared.check_implementation(implementation, "cross-entropy", ())
+    shared.check_implementation(implementation, "cross-entropy", ("cuda",))
     smoothing = _static_number(
         "label_smoothing", label_smoothing, "a number in [0, 1)", lambda s: 0 <= s < 1
     )
@@ -197,6 +197,7 @@ def _loss(
             scale=scale, with_total=smoothing > 0, implementation=implementation, **linear
         )
         own = jnp.where(valid, labels.astype(jnp.int32), -1)
+        own = jnp.where(ignored, ops.IGNORED, own)
         if axis_name is not None:
             own = ops.own_labels(own, vocabulary, axis_name)
         *tensors, own = vary_together(*tensors, own)
