@@ -7,77 +7,71 @@
 
 namespace jax_flash::cross_entropy {
 
-template <typename Element, typename Result, int kUnroll, int kThreads, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+template <typename Element, typename Result, int kThreads, int kUnroll, int kBlocks>
+__global__ void __launch_bounds__(kThreads == 32 ? 256 : kThreads, kBlocks)
     backward_kernel(const __grid_constant__ BackwardParams p) {
   constexpr int kSize = 16 / sizeof(Element);
-  using Vector = device::Vector<Element, kSize>;
   using ResultVector = device::Vector<Result, kSize>;
 
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (kThreads == 32 ? blockDim.y : 1) + threadIdx.y;
   if (row >= p.rows) return;
   const int64_t first = row * p.vocabulary;
   const Element* logits = static_cast<const Element*>(p.logits) + first;
   Result* dlogits = static_cast<Result*>(p.dlogits) + first;
   const Columns<kSize> columns(first, p.vocabulary);
-  const int thread = threadIdx.x, threads = blockDim.x;
+  const int thread = threadIdx.x;
 
-  const float lse = p.lse[row], dlse = p.dlse[row];
-  const float dtotal = p.dtotal == nullptr ? 0.0f : p.dtotal[row];
-  const float slope = p.scale * dlse, constant = p.scale * dtotal;
-  const auto dlogit = [&](Element x) {
-    const float shift = fmaf(device::to_float(x), p.scale, -lse);
+  const float scale = p.scale, lse = p.lse[row], dlse = p.dlse[row];
+  const float slope = scale * dlse, constant = p.dtotal == nullptr ? 0.0f : scale * p.dtotal[row];
+  const bool reads = dlse != 0.0f;
+  // NOTE: the difference before the factor: exp(0) is 1 however large the logits are.
+  const auto dlogit = [&](float x) {
+    const float shift = fmaf(x, scale, -lse);
     return fmaf(slope, ptx::exp2_approx(shift * kLog2e), constant);
   };
 
-  // The label's logit, read by the thread that will overwrite it.
+  // The label's logit, kept by the thread that will overwrite it.
   const int32_t label = p.labels[row];
   const bool owns_label =
-      label >= 0 && label < p.vocabulary && thread == columns.owner(label, threads);
-  Element label_logit{};
-  if (owns_label && dlse != 0.0f) label_logit = logits[label];
+      label >= 0 && label < p.vocabulary && thread == columns.owner(label, kThreads);
+  const float label_logit = owns_label && reads ? device::to_float(logits[label]) : 0.0f;
 
-  if (dlse == 0.0f) {
-    ResultVector fill;
+  const auto put_one = [&](int column) {
+    if (column < 0) return;
+    dlogits[column] =
+        device::from_float<Result>(reads ? dlogit(device::to_float(logits[column])) : constant);
+  };
+  put_one(columns.head_column(thread));
+  put_one(columns.tail_column(thread));
+
+  const uint4* source = reinterpret_cast<const uint4*>(logits + columns.origin) + thread;
+  ResultVector* target = reinterpret_cast<ResultVector*>(dlogits + columns.origin) + thread;
+  for (int i = thread; i < columns.end; i += kUnroll * kThreads) {
+    uint4 words[kUnroll];
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) fill.at[j] = device::from_float<Result>(constant);
-    for (int i = thread; i < columns.vectors; i += threads) {
-      fill.store_streamed(dlogits + columns.column_of_vector(i));
+    for (int u = 0; u < kUnroll; ++u) {
+      if (reads && columns.has(i + u * kThreads)) words[u] = __ldcs(source + u * kThreads);
     }
-    if (thread < columns.head) dlogits[thread] = fill.at[0];
-    if (thread < columns.tail) dlogits[columns.column_of_tail(thread)] = fill.at[0];
-  } else {
-    const auto put = [&](const Vector& v, int i) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (!columns.has(i + u * kThreads)) continue;
+      float x[kSize];
+      to_floats<Element>(words[u], x);
       ResultVector out;
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) out.at[j] = device::from_float<Result>(dlogit(v.at[j]));
-      out.store_streamed(dlogits + columns.column_of_vector(i));
-    };
-    const auto put_one = [&](int column) {
-      dlogits[column] = device::from_float<Result>(dlogit(logits[column]));
-    };
-    for (int i = thread; i < columns.vectors; i += kUnroll * threads) {
-      Vector v[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int at = i + u * threads;
-        if (at < columns.vectors) {
-          v[u] = Vector::load_streamed(logits + columns.column_of_vector(at));
-        }
+      for (int j = 0; j < kSize; ++j) {
+        out.at[j] = device::from_float<Result>(reads ? dlogit(x[j]) : constant);
       }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int at = i + u * threads;
-        if (at < columns.vectors) put(v[u], at);
-      }
+      target[u * kThreads] = out;
     }
-    if (thread < columns.head) put_one(thread);
-    if (thread < columns.tail) put_one(columns.column_of_tail(thread));
+    source += kUnroll * kThreads;
+    target += kUnroll * kThreads;
   }
 
   if (owns_label) {
-    const float others = dlse == 0.0f ? constant : dlogit(label_logit);
-    dlogits[label] = device::from_float<Result>(fmaf(p.scale, p.dlabel[row], others));
+    const float others = reads ? dlogit(label_logit) : constant;
+    dlogits[label] = device::from_float<Result>(fmaf(scale, p.dlabel[row], others));
   }
 }
 

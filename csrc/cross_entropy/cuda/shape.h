@@ -7,21 +7,18 @@
 
 namespace jax_flash::cross_entropy {
 
+// What kThreads threads have in the kernels: a row; warps, that of several rows.
+template <int kThreads>
 struct LaunchShape {
+  static constexpr unsigned kRows = kThreads == 32 ? 8 : 1;
+
   unsigned blocks;
-  dim3 threads;
+  dim3 threads{kThreads, kRows};
+
+  explicit LaunchShape(int64_t rows) : blocks(static_cast<unsigned>((rows + kRows - 1) / kRows)) {}
 };
 
-// A block a row, or, where that is little work, a warp a row: `per_thread` vectors of 16 bytes a
-// thread, at most `most` threads.
-inline LaunchShape launch_shape(const Problem& p, int per_thread, int most) {
-  constexpr int kRowsOfWarps = 8;
-  const int64_t vectors = p.vocabulary * item_bytes(p.dtype) / 16;
-  unsigned x = 32;
-  while (x < static_cast<unsigned>(most) && x * per_thread < vectors) x *= 2;
-  const unsigned y = x == 32 ? kRowsOfWarps : 1;
-  return {static_cast<unsigned>((p.rows + y - 1) / y), dim3(x, y)};
-}
+inline int64_t row_bytes(const Problem& p) { return p.vocabulary * item_bytes(p.dtype); }
 
 inline const char* last_error() {
   const cudaError_t error = cudaGetLastError();
