@@ -279,6 +279,13 @@ class FlashBlocksparseAttention(_FlashLayer):
         )
 
 
+class _Constant:
+    """Holds arrays that are no part of a layer's state: NNX does not look inside."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
 class MultiHeadAttention(_FlashLayer):
     """Multi-head attention with projections: Flax's layer on the fused kernels.
 
@@ -349,8 +356,7 @@ class MultiHeadAttention(_FlashLayer):
             num_heads, num_kv_heads, self.qkv_features
         )
         _flax.check_rotary(rotary, self.head_dim, None, None)
-        # A table is a constant, not part of the layer's state.
-        self.rotary = rotary if isinstance(rotary, nnx.Module) else nnx.static(rotary)
+        self.rotary = rotary if isinstance(rotary, nnx.Module) else _Constant(rotary)
         self.dtype = dtype
         self.precision = precision
 
@@ -447,7 +453,8 @@ class MultiHeadAttention(_FlashLayer):
                 raise ValueError(
                     f"{name}: expected {features} features, got shape {list(array.shape)}"
                 )
-        _flax.check_rotary(self.rotary, self.head_dim, positions, offsets)
+        rotary = self.rotary.value if isinstance(self.rotary, _Constant) else self.rotary
+        _flax.check_rotary(rotary, self.head_dim, positions, offsets)
         places = dict(positions=positions, offsets=offsets, cu_seqlens=cu_seqlens)
         options = self._options(is_causal, deterministic, rngs)
         if in_parts or self.query_ln is not None or self.num_kv_heads != self.num_heads:
@@ -455,11 +462,11 @@ class MultiHeadAttention(_FlashLayer):
             if self.query_ln is not None:
                 query, key = self.query_ln(query), self.key_ln(key)
             query, key, value = dtypes.promote_dtype((query, key, value), dtype=self.dtype)
-            query, key = _flax.rotate(self.rotary, query, key, self.implementation, places)
+            query, key = _flax.rotate(rotary, query, key, self.implementation, places)
             out = _flax.attend(query, key, value, bias, mask, cu_seqlens, seq_lengths, options)
         else:
             qkv = self._project_packed(inputs_q)
-            qkv = _flax.rotate_packed(self.rotary, qkv, self.implementation, places)
+            qkv = _flax.rotate_packed(rotary, qkv, self.implementation, places)
             out = _flax.attend_packed(qkv, cu_seqlens, seq_lengths, options)
         return self.out(out)
 
