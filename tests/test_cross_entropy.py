@@ -197,6 +197,91 @@ def test_linear(implementation, dtype, case):
         helpers.assert_close(name, *values)
 
 
+MEANS = [("float32", case, r) for case, r in zip(LINEAR, ("mean", "sum") * 2, strict=True)]
+MEANS += [("bfloat16", "remainder", "mean"), ("float16", "one_chunk", "sum")]
+
+
+@pytest.mark.parametrize("dtype,case,reduction", MEANS)
+@pytest.mark.parametrize("of_lse", [False, True])
+def test_linear_means_and_sums(implementation, dtype, case, reduction, of_lse):
+    """The forward makes their gradients; a cotangent of the lse adds its own."""
+    shape, width, vocabulary, chunk, has_bias, options = LINEAR[case]
+    labels = some_labels(0, shape, vocabulary, options.get("ignore_index", IGNORED))
+    tensors = helpers.random(1, dtype, (*shape, width), (width, vocabulary), (vocabulary,))
+    tensors = tensors[: 2 + has_bias]
+    dlse = helpers.random(2, "float32", shape)[0] * of_lse
+    counted = (labels != options.get("ignore_index", IGNORED)).sum() if reduction == "mean" else 1
+    fixed = reference.Options(**options)
+    logits = reference.linear_logits(*tensors)
+    exact = reference.forward(logits, labels, fixed)
+    dlogits = reference.backward(logits, labels, 3 / counted, dlse, fixed)
+    exact_gradients = reference.linear_backward(*tensors[:2], dlogits)
+
+    def of(f):
+        def weighted(*tensors):
+            loss, lse = f(*tensors)
+            return 3 * loss + jnp.sum(dlse * lse) * of_lse, (loss, lse)
+
+        call = jax.grad(weighted, tuple(range(len(tensors))), has_aux=True)
+        return jax.jit(call)(*tensors)
+
+    def plain(hidden, weight, bias=None):
+        loss, lse = plain_linear(hidden, weight, bias, labels, **options)
+        return loss.sum() / counted, lse
+
+    def ours(hidden, weight, bias=None):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, **options)
+        by = dict(reduction=reduction, chunk_size=chunk, implementation=implementation)
+        return call(hidden, weight, labels, bias, return_lse=True, **by)
+
+    plain_gradients, (plain_value, _) = of(plain)
+    gradients, (loss, lse) = of(ours)
+    np.testing.assert_allclose(lse, exact.lse, rtol=1e-5, atol=1e-5)
+    helpers.assert_close("loss", loss, exact.loss.sum() / counted, plain_value)
+    names = ("dhidden", "dweight", "dbias")[: len(tensors)]
+    for name, *values in zip(names, gradients, exact_gradients, plain_gradients, strict=False):
+        assert values[0].dtype == jnp.dtype(dtype)
+        helpers.assert_close(name, *values)
+
+
+def test_groups_of_chunks(implementation, monkeypatch):
+    """Chunks and groups that do not divide the tokens, by their own limits."""
+    from jax_flash._ops import cross_entropy_linear as ops
+
+    monkeypatch.setattr(ops, "_CHUNK_LOGITS", 5 * 30)
+    monkeypatch.setattr(ops, "_CHUNK_MULTIPLE", 1)
+    tensors, labels = (normal(0, 41, 9), normal(1, 9, 30)), some_labels(2, (41,), 30)
+    count, each, size = ops.groups(ops.of_logits.CrossEntropyConfig(1.0, False), tensors[1], 41)
+    assert count > 1 and each > 1 and count * each * size > 41
+    call = functools.partial(jax_flash.linear_softmax_cross_entropy, implementation=implementation)
+    got = jax.jit(jax.value_and_grad(lambda *x: call(*x, labels), (0, 1)))(*tensors)
+
+    def plain(hidden, weight):
+        return plain_linear(hidden, weight, None, labels)[0].sum() / (labels != IGNORED).sum()
+
+    assert_close(got, jax.jit(jax.value_and_grad(plain, (0, 1)))(*tensors))
+
+
+def test_a_mean_makes_its_logits_once():
+    arrays = normal(0, 6, 4), normal(1, 4, 9)
+
+    def primitives(**options):
+        def loss(hidden, weight):
+            call = functools.partial(jax_flash.linear_softmax_cross_entropy, **options)
+            loss, lse = call(hidden, weight, jnp.arange(6), return_lse=True)
+            return loss.sum(), lse
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1), has_aux=True))(*arrays)
+        names = [e.primitive.name for e in equations(jaxpr)]
+        return [n.removeprefix("linear_cross_entropy_") for n in names if n.startswith("linear_")]
+
+    assert primitives() == ["gradients"]
+    assert primitives(reduction="sum") == ["gradients"]
+    assert primitives(reduction="none") == ["forward", "backward"]
+    without = jax.make_jaxpr(jax_flash.linear_softmax_cross_entropy)(*arrays, jnp.arange(6))
+    assert "linear_cross_entropy_gradients" not in str(without)
+
+
 def test_reductions(implementation):
     logits, labels = normal(0, 4, 5, 11), some_labels(1, (4, 5), 11)
     call = functools.partial(jax_flash.softmax_cross_entropy, implementation=implementation)
@@ -431,6 +516,26 @@ def test_second_derivatives(implementation):
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_second_derivatives_of_the_linear_mean(implementation, reduction):
+    """Through the gradients that the forward made, and through the lse beside them."""
+    labels, options = some_labels(0, (6,), 9), dict(label_smoothing=0.2, z_loss=0.1)
+    tensors = normal(2, 6, 4), normal(3, 4, 9), normal(4, 9)
+    by = dict(reduction=reduction, chunk_size=4, implementation=implementation)
+
+    def ours(hidden, weight, bias):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, return_lse=True)
+        loss, lse = call(hidden, weight, labels, bias, **options, **by)
+        return jnp.sin(loss) + jnp.sum(jnp.sin(lse))
+
+    def plain(*tensors):
+        loss, lse = plain_linear(*tensors, labels, **options)
+        loss = loss.sum() / (1 if reduction == "sum" else (labels != IGNORED).sum())
+        return jnp.sin(loss) + jnp.sum(jnp.sin(lse))
+
+    assert_close(hessian_product(ours, tensors), hessian_product(plain, tensors))
+
+
 def test_derivative_by_a_weight_that_is_zero(implementation):
     """A row with cotangent 0 has gradient 0, but the gradient's own derivative is not 0."""
     logits, labels = normal(0, 3, 5), jnp.array([1, 2, 4])
@@ -484,23 +589,49 @@ def test_vmap_of_the_linear_form(implementation, mapped):
     assert_close(gradients(ours), gradients(plain_linear))
 
 
+@pytest.mark.parametrize("mapped", [0, 1, 3, "all"])
+def test_vmap_of_the_linear_mean(implementation, mapped):
+    full = normal(0, 3, 5, 4), normal(1, 3, 4, 7), normal(2, 3, 7), some_labels(3, (3, 5), 7)
+    axes = tuple(0 if mapped in (i, "all") else None for i in range(4))
+    operands = tuple(x if axis == 0 else x[0] for x, axis in zip(full, axes, strict=True))
+
+    def gradients(f):
+        call = jax.value_and_grad(f, (0, 1, 2))
+        return jax.jit(jax.vmap(call, axes))(*operands)
+
+    def ours(hidden, weight, bias, labels):
+        by = dict(chunk_size=2, implementation=implementation)
+        return jax_flash.linear_softmax_cross_entropy(hidden, weight, labels, bias, **by)
+
+    def plain(*operands):
+        return plain_linear(*operands)[0].sum() / (operands[3] != IGNORED).sum()
+
+    assert_close(gradients(ours), gradients(plain))
+
+
 def forwards(jaxpr):
     names = [e.primitive.name for e in equations(jaxpr)]
-    return sum(name.endswith("cross_entropy_forward") for name in names)
+    ours = ("cross_entropy_forward", "cross_entropy_gradients")
+    return sum(name.endswith(ours) for name in names)
 
 
 def test_checkpoint_that_saves_the_lse_has_no_second_forward():
     hidden, weight, labels = normal(0, 6, 4), normal(1, 4, 9), some_labels(2, (6,), 9)
 
-    def gradient(policy):
+    def gradient(policy, reduction):
         @functools.partial(jax.checkpoint, policy=policy)
         def loss(hidden, weight):
-            return jax_flash.linear_softmax_cross_entropy(hidden, weight, labels, z_loss=0.1)
+            call = functools.partial(jax_flash.linear_softmax_cross_entropy, reduction=reduction)
+            return call(hidden, weight, labels, z_loss=0.1).sum()
 
         return jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, weight)
 
-    assert forwards(gradient(checkpoint_policies.nothing_saveable)) == 2
-    assert forwards(gradient(checkpoint_policies.save_only_these_names("cross_entropy_lse"))) == 1
+    named = checkpoint_policies.save_only_these_names
+    assert forwards(gradient(checkpoint_policies.nothing_saveable, "none")) == 2
+    assert forwards(gradient(named("cross_entropy_lse"), "none")) == 1
+    # Of a mean or a sum the forward makes the gradients, and they are what can be saved.
+    assert forwards(gradient(checkpoint_policies.nothing_saveable, "mean")) == 2
+    assert forwards(gradient(named("cross_entropy_gradients"), "mean")) == 1
 
 
 def test_scan(implementation):
@@ -594,15 +725,24 @@ def test_the_linear_form_never_holds_all_logits():
     assert programs.largest_array(compiled.as_text())[0] >= tokens * vocabulary
 
 
-def test_the_default_chunk_is_bounded():
-    from jax_flash._ops import cross_entropy as ops
+def test_chunks_and_groups_are_bounded():
+    from jax_flash._ops import cross_entropy_linear as ops
+    from jax_flash._ops.cross_entropy import CrossEntropyConfig
 
-    config = ops.CrossEntropyConfig(1.0, False, row_axes=1)
-    for vocabulary in (1, 997, 50257, 128256, 1 << 24):
-        for tokens in (1, 127, 128, 4097, 1 << 20):
-            count, size = ops._chunks(config, vocabulary, tokens)
-            assert (count - 1) * size < tokens <= count * size
-            assert size * vocabulary <= max(ops._CHUNK_LOGITS, 128 * vocabulary)
+    for chunk in (0, 1, 100, 5000):
+        config = CrossEntropyConfig(1.0, False, row_axes=1, chunk=chunk)
+        for vocabulary in (1, 997, 50257, 128256, 1 << 24):
+            limit = chunk or max(ops._CHUNK_LOGITS // vocabulary, 128)
+            for tokens in (1, 127, 128, 4097, 1 << 20):
+                count, size = ops.chunks(config, vocabulary, tokens)
+                assert (count - 1) * size < tokens <= count * size
+                assert size <= limit
+                for width in (1, 4096):
+                    weight = jax.ShapeDtypeStruct((width, vocabulary), jnp.bfloat16)
+                    count, each, size = ops.groups(config, weight, tokens)
+                    assert (count - 1) * each * size < tokens <= count * each * size
+                    assert size <= limit
+                    assert each * size <= (chunk or max(limit, 2 * width) + 128 * each)
 
 
 def test_the_gradient_takes_the_place_of_donated_logits():
@@ -738,6 +878,56 @@ def test_jit_of_the_sharded_linear_form(case):
     if case == "rows":
         forward = functools.partial(linear_rows, chunk_size=3)
         assert run(forward, *arrays)[1] == {}
+
+
+def linear_mean_program(hidden, weight, bias, labels):
+    def loss(hidden, weight, bias):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, chunk_size=3, **CHOSEN)
+        return call(hidden, weight, labels, bias)
+
+    return jax.value_and_grad(loss, (0, 1, 2))(hidden, weight, bias)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("case", LINEAR_CUTS)
+def test_jit_of_the_sharded_linear_mean(case, kind):
+    """Where devices share the vocabulary they agree on the lse before they make gradients."""
+    sizes, rows, weight, bias, crossing = LINEAR_CUTS[case]
+    mesh, operands = mesh_of(*sizes, kind=kind), linear_operands()
+    want = jax.device_get(jax.jit(linear_mean_program)(*operands))
+    with jax.set_mesh(mesh):
+        results, traffic = run(
+            linear_mean_program, *put(mesh, operands, (rows, weight, bias, rows))
+        )
+    assert set(traffic) == {"all-reduce"} and set(traffic["all-reduce"]) <= {*crossing, ()}
+    assert_close(jax.device_get(results), want, 2e-6)
+    for gradient, spec in zip(results[1], (rows, weight, bias), strict=True):
+        assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, spec), gradient.ndim)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_of_the_linear_mean(check_vma):
+    """Tokens of its own on each device, one weight."""
+    mesh, (hidden, weight, bias, labels) = mesh_of(4), linear_operands()
+
+    def body(hidden, weight, bias, labels):
+        loss = linear_mean_program(hidden, weight, bias, labels)[0]
+        return jax.lax.pmean(loss, "a")
+
+    mapped = jax.shard_map(
+        body, mesh=mesh, in_specs=(P("a"), P(), P(), P("a")), out_specs=P(), check_vma=check_vma
+    )
+
+    def whole(hidden, weight, bias):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, **CHOSEN)
+        return jnp.mean(jax.vmap(call, (0, None, 0, None))(hidden, weight, labels, bias))
+
+    def sharded(hidden, weight, bias):
+        return mapped(hidden, weight, bias, labels)
+
+    got = jax.jit(jax.value_and_grad(sharded, (0, 1, 2)))(hidden, weight, bias)
+    want = jax.jit(jax.value_and_grad(whole, (0, 1, 2)))(hidden, weight, bias)
+    assert_close(jax.device_get(got), jax.device_get(want), 2e-6)
 
 
 # Specs of hidden, weight, bias where something must be gathered, or cut, before devices can begin.
