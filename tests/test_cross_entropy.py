@@ -244,22 +244,30 @@ def test_linear_means_and_sums(implementation, dtype, case, reduction, of_lse):
         helpers.assert_close(name, *values)
 
 
-def test_groups_of_chunks(implementation, monkeypatch):
-    """Chunks and groups that do not divide the tokens, by their own limits."""
+@pytest.mark.parametrize("limit", [(5, 1), (8, 8)])
+def test_groups_of_chunks(implementation, limit, monkeypatch):
+    """Some groups, and one, of some chunks, by limits that do not divide the tokens."""
     from jax_flash._ops import cross_entropy_linear as ops
 
-    monkeypatch.setattr(ops, "_CHUNK_LOGITS", 5 * 30)
-    monkeypatch.setattr(ops, "_CHUNK_MULTIPLE", 1)
-    tensors, labels = (normal(0, 41, 9), normal(1, 9, 30)), some_labels(2, (41,), 30)
-    count, each, size = ops.groups(ops.of_logits.CrossEntropyConfig(1.0, False), tensors[1], 41)
-    assert count > 1 and each > 1 and count * each * size > 41
+    monkeypatch.setattr(ops, "_limit", lambda config, weight: limit)
+    (hidden, weight), labels = (normal(0, 83, 18), normal(1, 18, 31)), some_labels(2, (83,), 31)
+    config = ops.of_logits.CrossEntropyConfig(1.0, False)
+    assert ops.groups(config, weight, 83) == ((10, 3, 3) if limit[1] == 1 else (6, 2, 8))
+    assert ops.groups(config, weight, 15) == ((1, 3, 5) if limit[1] == 1 else (1, 2, 8))
     call = functools.partial(jax_flash.linear_softmax_cross_entropy, implementation=implementation)
-    got = jax.jit(jax.value_and_grad(lambda *x: call(*x, labels), (0, 1)))(*tensors)
+
+    def ours(hidden, weight):
+        return call(hidden, weight, labels, label_smoothing=0.1, z_loss=0.1)
 
     def plain(hidden, weight):
-        return plain_linear(hidden, weight, None, labels)[0].sum() / (labels != IGNORED).sum()
+        rows, _ = plain_linear(hidden, weight, None, labels, label_smoothing=0.1, z_loss=0.1)
+        return rows.sum() / (labels != IGNORED).sum()
 
-    assert_close(got, jax.jit(jax.value_and_grad(plain, (0, 1)))(*tensors))
+    for tokens in (83, 15):
+        of = functools.partial(jax.value_and_grad, argnums=(0, 1))
+        labels = labels[:tokens]
+        got = jax.jit(of(ours))(hidden[:tokens], weight)
+        assert_close(got, jax.jit(of(plain))(hidden[:tokens], weight))
 
 
 def test_a_mean_makes_its_logits_once():
@@ -726,23 +734,24 @@ def test_the_linear_form_never_holds_all_logits():
 
 
 def test_chunks_and_groups_are_bounded():
+    """Logits of a chunk: 256 MiB or what the weight has; their gradients: its gradient's sum."""
     from jax_flash._ops import cross_entropy_linear as ops
     from jax_flash._ops.cross_entropy import CrossEntropyConfig
 
     for chunk in (0, 1, 100, 5000):
         config = CrossEntropyConfig(1.0, False, row_axes=1, chunk=chunk)
-        for vocabulary in (1, 997, 50257, 128256, 1 << 24):
-            limit = chunk or max(ops._CHUNK_LOGITS // vocabulary, 128)
-            for tokens in (1, 127, 128, 4097, 1 << 20):
-                count, size = ops.chunks(config, vocabulary, tokens)
+        for width, vocabulary in ((1, 1), (7, 997), (64, 1 << 24), (4096, 50257), (4096, 128256)):
+            weight = jax.ShapeDtypeStruct((width, vocabulary), jnp.bfloat16)
+            limit = chunk or max(ops._CHUNK_LOGITS // vocabulary, width // 2, 128)
+            for tokens in (1, 127, 128, 4097, 8192, 1 << 20):
+                count, size = ops.chunks(config, weight, tokens)
                 assert (count - 1) * size < tokens <= count * size
                 assert size <= limit
-                for width in (1, 4096):
-                    weight = jax.ShapeDtypeStruct((width, vocabulary), jnp.bfloat16)
-                    count, each, size = ops.groups(config, weight, tokens)
-                    assert (count - 1) * each * size < tokens <= count * each * size
-                    assert size <= limit
-                    assert each * size <= (chunk or max(limit, 2 * width) + 128 * each)
+                count, each, size = ops.groups(config, weight, tokens)
+                assert (count - 1) * each * size < tokens <= count * each * size
+                assert size <= limit
+                assert each * size <= (chunk or max(limit, 2 * width) + 128 * each)
+                assert chunk or count > 1 or each * size < max(limit, 2 * width) + 128 * each
 
 
 def test_the_gradient_takes_the_place_of_donated_logits():

@@ -248,6 +248,35 @@ def kernel_backward(config, logits, *rows, dtype=None):
     return (dlogits.reshape(shape),)
 
 
+def kernel_gradients(config, logits, labels, row_weights, dtype, into=None, first_row=0, rows=None):
+    """(statistics, dlogits): of a chunk; dlogits of all `rows`, of which it writes the chunk's.
+
+    Args:
+      logits: [chunk, V]; labels, row_weights: [chunk].
+      into: the dlogits of the last call, whose memory this one's take; None: it is the first.
+      first_row: of the chunk, a multiple of 8.
+    """
+    shape = (logits.shape[0] if rows is None else rows, logits.shape[1])
+    *statistics, dlogits = ffi_call(
+        "jax_flash.cross_entropy_gradients",
+        (
+            *statistics_shapes(config, labels.shape, logits.dtype),
+            jax.ShapeDtypeStruct(shape, dtype),
+        ),
+        logits,
+        labels,
+        row_weights,
+        jnp.full((1,), first_row, jnp.int32),
+        jnp.zeros((0,), dtype) if into is None else into,
+        in_place=None if into is None else {4: 3},
+        scale=np.float32(config.scale),
+        label_smoothing=np.float32(config.label_smoothing),
+        z_loss=np.float32(config.z_loss),
+        classes=np.float32(config.classes),
+    )
+    return tuple(statistics), dlogits
+
+
 cross_entropy_forward = Op(
     "cross_entropy_forward",
     signature=_forward_signature,

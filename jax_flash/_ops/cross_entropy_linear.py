@@ -10,11 +10,12 @@ logits = hidden @ weight + bias; statistics and cotangents are those of _ops/cro
 last one makes the logits of a chunk of tokens once, for their statistics and for the gradients of
 sum(row_weights * row_loss). `bias` and `dbias` are off where there is none.
 
-Each is a loop over chunks of tokens, whose logits, float32, exist at once. Gradients of logits, in
-the operands' type, are kept for a group of chunks, as long as they take no more memory than the
-weight's gradient in float32, which is read and written once a group: adding it up chunk by chunk
-would take longer than the products. The products are XLA's; what becomes of a chunk's logits is jnp
-or, on CUDA, the kernels of logits.
+Each is a loop over chunks of tokens, whose logits, float32, exist at once: 256 MiB of them, or as
+much as the weight. Gradients of logits, in the operands' type, are kept for a group of chunks,
+since with each group the sum of the weight's gradient, float32, is read and written, and that chunk
+by chunk would take longer than the products. There is one group where that takes no more memory
+than the sum, which then does not exist. The products are XLA's; what becomes of a chunk's logits is
+jnp or, on CUDA, the kernels of logits.
 """
 
 from __future__ import annotations
@@ -145,23 +146,26 @@ def _cut(tokens: int, limit: int, multiple: int) -> tuple[int, int]:
     return count, min(size(count), tokens)
 
 
-def _limit(config, vocabulary: int) -> tuple[int, int]:
+def _limit(config, weight) -> tuple[int, int]:
     """(tokens whose logits exist at once, what a chunk should be a multiple of)."""
-    default = max(1, _CHUNK_LOGITS // vocabulary // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
+    logits = max(_CHUNK_LOGITS, weight.size * weight.dtype.itemsize // 4)
+    default = max(1, logits // weight.shape[1] // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
     return (min(default, config.chunk), 1) if config.chunk else (default, _CHUNK_MULTIPLE)
 
 
-def chunks(config, vocabulary: int, tokens: int) -> tuple[int, int]:
+def chunks(config, weight, tokens: int) -> tuple[int, int]:
     """(how many, tokens in each)."""
-    return _cut(tokens, *_limit(config, vocabulary))
+    return _cut(tokens, *_limit(config, weight))
 
 
 def groups(config, weight, tokens: int) -> tuple[int, int, int]:
     """(groups, chunks in each, tokens in each of those)."""
-    width, vocabulary = weight.shape
-    limit, multiple = _limit(config, vocabulary)
-    group_limit = config.chunk or max(limit, 4 // weight.dtype.itemsize * width)
-    group = -(-tokens // -(-tokens // group_limit))
+    limit, multiple = _limit(config, weight)
+    most = config.chunk or tokens
+    if most * weight.dtype.itemsize > 4 * weight.shape[0]:
+        # dlogits take more than the sum of the weight's gradient: a half of it, and that.
+        most = config.chunk or max(limit, 2 * weight.shape[0] // weight.dtype.itemsize)
+    group = -(-tokens // -(-tokens // most))
     each, size = _cut(group, limit, multiple)
     return -(-tokens // (each * size)), each, size
 
@@ -228,39 +232,40 @@ def _chunk_logits(hidden, weight, bias):
     return logits if is_off(bias) else logits + bias
 
 
-def _products(dlogits, hidden, weight, bias):
-    """((dweight, dbias), dhidden) of a group; the sums of many groups in float32."""
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    dbias = bias if is_off(bias) else dlogits.sum(0, dtype=wide)
-    dhidden = jnp.dot(dlogits, weight.T, preferred_element_type=wide).astype(hidden.dtype)
+def _products(dlogits, hidden, weight, bias, wide):
+    """((dweight, dbias), dhidden) of a group; the sums in the type `wide`."""
+    dbias = bias if is_off(bias) else dlogits.sum(0, dtype=jnp.promote_types(wide, jnp.float32))
+    dhidden = jnp.dot(dlogits, weight.T, preferred_element_type=hidden.dtype)
     return (jnp.dot(hidden.T, dlogits, preferred_element_type=wide), dbias), dhidden
 
 
-# The loops. `rows` is what becomes of a chunk's logits: jnp, or the kernels.
+# The loops ----------------------------------------------------------------------------------------
 
 
-def _forward(rows, config, hidden, weight, bias, labels):
-    def of_chunk(hidden, labels):
-        return rows(config, _chunk_logits(hidden, weight, bias), labels)
+def _forward(of_chunk, config, hidden, weight, bias, labels):
+    """of_chunk(config, logits, labels) -> statistics"""
 
-    split = _split_all(*chunks(config, weight.shape[-1], labels.size), hidden, labels)
-    return tuple(_whole(x, labels.shape) for x in _in_turn(of_chunk, split))
+    def step(hidden, labels):
+        return of_chunk(config, _chunk_logits(hidden, weight, bias), labels)
+
+    split = _split_all(*chunks(config, weight, labels.size), hidden, labels)
+    return tuple(_whole(x, labels.shape) for x in _in_turn(step, split))
 
 
-def _gradients(rows, config, hidden, weight, bias, labels, *others):
-    """rows(config, logits, labels, *others) -> (results a token, dlogits)."""
+def _gradients(of_chunks, config, hidden, weight, bias, labels, *others):
+    """of_chunks(config, logits_of, hidden, labels, *others), each [chunks, tokens, ...]
+    -> results a token, dlogits"""
     count, each, size = groups(config, weight, labels.size)
-
-    def of_chunk(hidden, labels, *others):
-        logits = _chunk_logits(hidden, weight, bias)
-        of_tokens, dlogits = rows(config, logits, labels, *others)
-        return of_tokens, dlogits.astype(hidden.dtype)
+    # The sums of many groups are float32; that of one, in which the product adds up so, need not.
+    wide = hidden.dtype if count == 1 else jnp.promote_types(hidden.dtype, jnp.float32)
 
     @jax.checkpoint
     def of_group(hidden, labels, *others):
         split = _split_all(each, size, hidden, labels, *others)
-        of_tokens, dlogits = _in_turn(of_chunk, split)
-        sums, dhidden = _products(dlogits.reshape(each * size, -1), hidden, weight, bias)
+        logits_of = functools.partial(_chunk_logits, weight=weight, bias=bias)
+        of_tokens, dlogits = of_chunks(config, logits_of, *split)
+        dlogits = dlogits.reshape(each * size, -1)
+        sums, dhidden = _products(dlogits, hidden, weight, bias, wide)
         return sums, ([_whole(x, labels.shape) for x in of_tokens], dhidden)
 
     split = _split_all(count, each * size, hidden, labels, *others)
@@ -291,22 +296,53 @@ def _over_batch(f, axes: int, operands: Sequence[jax.Array]):
 # Implementations ----------------------------------------------------------------------------------
 
 
-def _of_cotangents(backward, config, logits, labels, *rows):
-    (dlogits,) = backward(config, logits, labels, *rows)
-    return (), dlogits
+def _of_cotangents(backward, config, logits_of, hidden, labels, *rows):
+    def step(hidden, labels, *rows):
+        (dlogits,) = backward(config, logits_of(hidden), labels, *rows)
+        return dlogits.astype(hidden.dtype)
+
+    return (), _in_turn(step, (hidden, labels, *rows))
 
 
-def _of_weights(forward, backward, config, logits, labels, row_weights):
-    # The barrier: in a loop XLA would run a custom call once for each user of its results.
-    statistics = jax.lax.optimization_barrier(forward(config, logits, labels))
-    cotangents = of_logits.row_cotangents(config, statistics[0], row_weights)
-    (dlogits,) = backward(config, logits, labels, statistics[0], *cotangents)
-    return statistics, dlogits
+def _of_weights(config, logits_of, hidden, labels, row_weights):
+    def step(hidden, labels, row_weights):
+        logits = logits_of(hidden)
+        statistics = of_logits.forward(config, logits, labels)
+        cotangents = of_logits.row_cotangents(config, statistics[0], row_weights)
+        (dlogits,) = of_logits.backward(config, logits, labels, statistics[0], *cotangents)
+        return statistics, dlogits.astype(hidden.dtype)
+
+    return _in_turn(step, (hidden, labels, row_weights))
 
 
-def _run(loop, rows, config, hidden, *rest):
+def _kernel_of_weights(config, logits_of, hidden, labels, row_weights):
+    """Each chunk's call writes its part of the group's dlogits, which nobody has to set to 0."""
+    count, size = labels.shape
+    call = functools.partial(of_logits.kernel_gradients, config, dtype=hidden.dtype)
+
+    def step(dlogits, chunk):
+        i, hidden, labels, row_weights = chunk
+        place = dict(into=dlogits, first_row=i * size, rows=count * size)
+        statistics, dlogits = call(logits_of(hidden), labels, row_weights, **place)
+        return dlogits, statistics
+
+    if count > 1 and size % 8 != 0:  # its rows could not start at 16-byte boundaries
+        return _in_turn(
+            lambda hidden, labels, rows: call(logits_of(hidden), labels, rows),
+            (hidden, labels, row_weights),
+        )
+    chunks = jnp.arange(count), hidden, labels, row_weights
+    dlogits, first = step(None, tuple(x[0] for x in chunks))
+    first = [x[None] for x in first]
+    if count == 1:
+        return first, dlogits
+    dlogits, later = jax.lax.scan(step, dlogits, tuple(x[1:] for x in chunks))
+    return [jnp.concatenate(x) for x in zip(first, later, strict=True)], dlogits
+
+
+def _run(loop, of_chunks, config, hidden, *rest):
     axes = hidden.ndim - 1 - config.row_axes
-    return tuple(_over_batch(functools.partial(loop, rows, config), axes, (hidden, *rest)))
+    return tuple(_over_batch(functools.partial(loop, of_chunks, config), axes, (hidden, *rest)))
 
 
 def forward(config, *operands):
@@ -315,13 +351,12 @@ def forward(config, *operands):
 
 def backward(config, *operands):
     """JAX can differentiate it any number of times, without keeping all logits."""
-    rows = functools.partial(_of_cotangents, of_logits.backward)
-    return _run(_gradients, rows, config, *operands)
+    of_chunks = functools.partial(_of_cotangents, of_logits.backward)
+    return _run(_gradients, of_chunks, config, *operands)
 
 
 def gradients(config, *operands):
-    rows = functools.partial(_of_weights, of_logits.forward, of_logits.backward)
-    return _run(_gradients, rows, config, *operands)
+    return _run(_gradients, _of_weights, config, *operands)
 
 
 def _kernel_forward(config, *operands):
@@ -330,13 +365,12 @@ def _kernel_forward(config, *operands):
 
 def _kernel_backward(config, hidden, *rest):
     kernel = functools.partial(of_logits.kernel_backward, dtype=hidden.dtype)
-    return _run(_gradients, functools.partial(_of_cotangents, kernel), config, hidden, *rest)
+    of_chunks = functools.partial(_of_cotangents, kernel)
+    return _run(_gradients, of_chunks, config, hidden, *rest)
 
 
-def _kernel_gradients(config, hidden, *rest):
-    kernel = functools.partial(of_logits.kernel_backward, dtype=hidden.dtype)
-    rows = functools.partial(_of_weights, of_logits.kernel_forward, kernel)
-    return _run(_gradients, rows, config, hidden, *rest)
+def _kernel_gradients(config, *operands):
+    return _run(_gradients, _kernel_of_weights, config, *operands)
 
 
 def _refuse(config, hidden, weight, *rest) -> str | None:
