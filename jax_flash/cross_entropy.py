@@ -387,12 +387,15 @@ def linear_softmax_cross_entropy(
 ):
     """`softmax_cross_entropy(hidden @ weight + bias, labels)` that never holds all logits.
 
-    Tokens pass in chunks: their logits, in float32, are made, used and forgotten, once in the
-    forward and once more in the backward, which adds the weight's gradient up in float32. Under
-    `jit`, tokens shard freely: their devices add up the gradients of weight and bias, the only
-    traffic. Where weight and bias are sharded by the vocabulary, devices exchange three or four
-    numbers a token, and add up the gradient of hidden. A sharded D is gathered. `jax.export` needs
-    the number of tokens: it may not be a symbol.
+    Tokens pass in chunks: their logits, in float32, are made, used and forgotten. With a mean or a
+    sum the forward, where it is differentiated, makes the gradients beside the loss, in as many
+    products as with all logits in memory, and keeps them for the backward; a gradient through the
+    lse costs more. With reduction="none", or `axis_name`, the backward makes logits once more.
+    Under `jit`, tokens shard freely: their devices add up the gradients of weight and bias, the
+    only traffic. Where weight and bias are sharded by the vocabulary, devices exchange three or
+    four numbers a token, and add up the gradient of hidden; logits are made twice. A sharded D is
+    gathered. `jax.export` needs the number of tokens: it may not be a symbol. Under
+    `jax.checkpoint`, the name to save is "cross_entropy_gradients", else "cross_entropy_lse".
 
     Args:
       hidden: [*B, D], any number of leading axes; bfloat16, float16, float32, float64.
@@ -400,8 +403,9 @@ def linear_softmax_cross_entropy(
       labels: [*B], integers.
       bias: [V], hidden's dtype.
       {options}
-      chunk_size: at most so many tokens a device has logits of at once; default: what keeps them
-        near 2**26 (256 MiB).
+      chunk_size: at most so many tokens a device has logits, or gradients of logits, of at once.
+        Default: logits, in float32, take 2**28 bytes or what `weight` takes; their gradients, in
+        hidden's dtype, what the weight's gradient takes in float32.
 
     {returns}
     """

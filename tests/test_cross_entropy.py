@@ -680,6 +680,40 @@ def test_on_cuda_it_is_two_custom_calls(total):
 
 
 @programs.installed("cuda")
+def test_the_linear_form_on_cuda_is_kernels_between_products():
+    """A chunk's logits are float32; its gradient goes into the group's, where the others' are."""
+    tensors = shapes_of(((24, 18), jnp.bfloat16), ((18, 101), jnp.bfloat16))
+    call = functools.partial(jax_flash.linear_softmax_cross_entropy, chunk_size=8)
+
+    def calls(**options):
+        f = functools.partial(call, **options)
+        loss = lambda *x: jnp.sum(f(*x, jnp.arange(24)))  # noqa: E731
+        return [lowered_for_cuda(g, *tensors) for g in (loss, jax.grad(loss, (0, 1)))]
+
+    logits, dlogits, row = "8x101xf32", "8x101xbf16", "8xf32"
+    for text in calls(reduction="mean")[1:] + calls(reduction="sum")[1:]:
+        assert "exponential" not in text and "jax_flash.cross_entropy_forward" not in text
+        for target, operands, results in custom_calls(text):
+            assert target == "jax_flash.cross_entropy_gradients"
+            assert operands == [logits, "8xi32", row, "1xi32", "0xbf16"]
+            assert results == [row, row, "0xf32", dlogits]
+    forward, backward = calls(reduction="none")
+    assert {target for target, *_ in custom_calls(forward)} == {"jax_flash.cross_entropy_forward"}
+    by_none = {
+        (target, operands[0], results[-1]) for target, operands, results in custom_calls(backward)
+    }
+    assert ("jax_flash.cross_entropy_backward", logits, dlogits) in by_none
+    # By default the group is all tokens, in one chunk; here of two.
+    text = lowered_for_cuda(
+        jax.grad(functools.partial(jax_flash.linear_softmax_cross_entropy), (0, 1)),
+        *shapes_of(((256, 160), jnp.bfloat16), ((160, 1 << 19), jnp.bfloat16), ((256,), jnp.int32)),
+    )
+    first, others = custom_calls(text)
+    assert first[1][-1] == "0xbf16" and others[1][-1] == others[2][-1] == "256x524288xbf16"
+    assert text.count("output_operand_alias<") == 1
+
+
+@programs.installed("cuda")
 def test_float64_on_cuda_runs_in_xla_with_a_warning():
     programs.forget_warnings()
     with jax.enable_x64(True):
