@@ -14,8 +14,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from benchmarks import evidence
-from benchmarks.rows import LABELS, ModelRows, Rows, load_all, load_models
+from benchmarks import evidence, operator_workloads
+from benchmarks.rows import LABELS, ModelRows, Rows, load_all, load_models, load_operators
 from benchmarks.workloads import WORKLOADS, Workload
 
 README = evidence.ROOT / "README.md"
@@ -209,6 +209,32 @@ def options(rows: Rows, groups: Sequence[str]) -> str:
     return _table([header, *(LABELS[provider] for provider in names)], lines) + "\n"
 
 
+def operators(rows: Rows) -> str:
+    """GB/s or TFLOP/s of every operator, beside the ceiling of its run, XLA and the best rival."""
+    lines = []
+    for name in operator_workloads.WORKLOADS:
+        for direction in ("forward", "backward"):
+            rates, ceiling = rows.rate(name, direction), rows.ceiling_beside(name, direction)
+            ours = rates.get("jax_flash")
+            if ours is None:
+                continue
+            unit = "GB/s" if rows.gbs.get((name, direction)) else "TFLOP/s"
+            share = f"{100 * ours / ceiling:.0f}%" if ceiling else ""
+            over_xla = rows.ratio(name, direction, "xla")
+            best = rows.best_rival(name, direction)
+            cells = [f"`{name}`", direction, f"{ours:.0f} {unit}", share]
+            cells.append(f"{over_xla:.2f}x" if over_xla else "")
+            cells.append(f"{best[1]:.2f}x {best[0]}" if best else "")
+            lines.append(cells)
+    header = ["operator", "direction", "jax_flash", "of the ceiling"]
+    return _table([*header, "over XLA", "over the fastest rival"], lines)
+
+
+def fused_operators() -> str:
+    parts = [_caption(rows) + operators(rows) for rows in load_operators()]
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
 def attention_gpu() -> str:
     parts = []
     for rows in load_all():
@@ -266,6 +292,7 @@ TABLES = {
     "attention-cpu": attention_cpu,
     "gpu-tests": gpu_tests,
     "model": models,
+    "operators": fused_operators,
     "soak": soak,
 }
 

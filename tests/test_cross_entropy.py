@@ -15,7 +15,14 @@ from jax.sharding import PartitionSpec as P
 import jax_flash
 from jax_flash.reference import cross_entropy as reference
 from tests import helpers, programs
-from tests.programs import assert_close, assert_equal, collectives, equations, normal
+from tests.programs import (
+    assert_close,
+    assert_equal,
+    collectives,
+    custom_calls,
+    equations,
+    normal,
+)
 
 quick_compilation = programs.quick_compilation
 
@@ -35,6 +42,14 @@ ONCE = ("smoothing", "z_loss", "scale")  # in one type; the others in each
 def on_the_cpu():
     with jax.default_device(jax.devices("cpu")[0]):
         yield
+
+
+@pytest.fixture(
+    params=["xla", pytest.param("cuda", marks=[pytest.mark.gpu, programs.installed("cuda")])]
+)
+def implementation(request, on_the_cpu):
+    with jax.default_device(jax.devices("cpu" if request.param == "xla" else "gpu")[0]):
+        yield request.param
 
 
 def some_labels(seed, shape, vocabulary, ignore=IGNORED):
@@ -86,16 +101,34 @@ TYPED_OPTIONS = [(d, o) for o in OPTIONS for d in (DTYPES[:1] if o in ONCE else 
 
 
 @pytest.mark.parametrize("dtype,option", TYPED_OPTIONS)
-def test_options(dtype, option):
-    check_logits(dtype, (3, 5), 67, OPTIONS[option])
+def test_options(implementation, dtype, option):
+    check_logits(implementation, dtype, (3, 5), 67, OPTIONS[option])
 
 
 @pytest.mark.parametrize("vocabulary", [1, 8, 997, 50257])
-def test_vocabularies(vocabulary):
-    check_logits("bfloat16", (7,), vocabulary, dict(label_smoothing=0.2, z_loss=1e-3))
+def test_vocabularies(implementation, vocabulary):
+    options = dict(label_smoothing=0.2, z_loss=1e-3)
+    check_logits(implementation, "bfloat16", (7,), vocabulary, options)
 
 
-def check_logits(dtype, shape, vocabulary, options):
+# Less than a vector, a row's threads, a tile and one more; primes, 8 mod 16, more than a block
+# reads at once; rows that begin anywhere between two 16-byte boundaries.
+WIDTHS = [2, 3, 7, 9, 15, 24, 33, 255, 257, 1032, 2047, 4099, 8200, 16384, 32003, 131071, 300007]
+
+
+WIDE_CASES = [(d, v) for v in WIDTHS for d in DTYPES if d != "float16" or v in (257, 32003)]
+
+
+@pytest.mark.gpu
+@programs.installed("cuda")
+@pytest.mark.parametrize("dtype,vocabulary", WIDE_CASES)
+def test_widths_of_the_kernels(dtype, vocabulary):
+    option = "all" if vocabulary % 4 == 3 else "plain"
+    with jax.default_device(jax.devices("gpu")[0]):
+        check_logits("cuda", dtype, (19 if vocabulary < 1e5 else 5,), vocabulary, OPTIONS[option])
+
+
+def check_logits(implementation, dtype, shape, vocabulary, options):
     labels = some_labels(0, shape, vocabulary, options.get("ignore_index", IGNORED))
     (logits,) = helpers.random(1, dtype, (*shape, vocabulary))
     logits = (4 * logits).astype(logits.dtype)
@@ -107,7 +140,7 @@ def check_logits(dtype, shape, vocabulary, options):
 
     plain = jax.jit(functools.partial(with_gradients, functools.partial(plain_loss, **options)))
     (plain_loss_, _), (plain_gradient,) = plain(*arrays)
-    ours = rows_of(jax_flash.softmax_cross_entropy, **options)
+    ours = rows_of(jax_flash.softmax_cross_entropy, implementation=implementation, **options)
     (loss, lse), (gradient,) = jax.jit(functools.partial(with_gradients, ours))(*arrays)
 
     assert loss.dtype == lse.dtype == jnp.float32 and gradient.dtype == logits.dtype
@@ -130,7 +163,7 @@ TYPED_LINEAR += [("bfloat16", "remainder"), ("bfloat16", "one_chunk"), ("float16
 
 
 @pytest.mark.parametrize("dtype,case", TYPED_LINEAR)
-def test_linear(dtype, case):
+def test_linear(implementation, dtype, case):
     shape, width, vocabulary, chunk, has_bias, options = LINEAR[case]
     labels = some_labels(0, shape, vocabulary, options.get("ignore_index", IGNORED))
     hidden, weight, bias = helpers.random(
@@ -153,7 +186,9 @@ def test_linear(dtype, case):
         return jax.jit(functools.partial(with_gradients, call))(*arrays)
 
     (plain_loss_, _), plain_gradients = of(plain_linear, **options)
-    (loss, lse), gradients = of(linear_rows, chunk_size=chunk, **options)
+    (loss, lse), gradients = of(
+        linear_rows, chunk_size=chunk, implementation=implementation, **options
+    )
     np.testing.assert_allclose(lse, exact.lse, rtol=1e-5, atol=1e-5)
     helpers.assert_close("loss", loss, exact.loss, plain_loss_)
     names = ("dhidden", "dweight", "dbias")[: len(tensors)]
@@ -162,9 +197,102 @@ def test_linear(dtype, case):
         helpers.assert_close(name, *values)
 
 
-def test_reductions():
+MEANS = [("float32", case, r) for case, r in zip(LINEAR, ("mean", "sum") * 2, strict=True)]
+MEANS += [("bfloat16", "remainder", "mean"), ("float16", "one_chunk", "sum")]
+
+
+@pytest.mark.parametrize("dtype,case,reduction", MEANS)
+@pytest.mark.parametrize("of_lse", [False, True])
+def test_linear_means_and_sums(implementation, dtype, case, reduction, of_lse):
+    """The forward makes their gradients; a cotangent of the lse adds its own."""
+    shape, width, vocabulary, chunk, has_bias, options = LINEAR[case]
+    labels = some_labels(0, shape, vocabulary, options.get("ignore_index", IGNORED))
+    tensors = helpers.random(1, dtype, (*shape, width), (width, vocabulary), (vocabulary,))
+    tensors = tensors[: 2 + has_bias]
+    dlse = helpers.random(2, "float32", shape)[0] * of_lse
+    counted = (labels != options.get("ignore_index", IGNORED)).sum() if reduction == "mean" else 1
+    fixed = reference.Options(**options)
+    logits = reference.linear_logits(*tensors)
+    exact = reference.forward(logits, labels, fixed)
+    dlogits = reference.backward(logits, labels, 3 / counted, dlse, fixed)
+    exact_gradients = reference.linear_backward(*tensors[:2], dlogits)
+
+    def of(f):
+        def weighted(*tensors):
+            loss, lse = f(*tensors)
+            return 3 * loss + jnp.sum(dlse * lse) * of_lse, (loss, lse)
+
+        call = jax.grad(weighted, tuple(range(len(tensors))), has_aux=True)
+        return jax.jit(call)(*tensors)
+
+    def plain(hidden, weight, bias=None):
+        loss, lse = plain_linear(hidden, weight, bias, labels, **options)
+        return loss.sum() / counted, lse
+
+    def ours(hidden, weight, bias=None):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, **options)
+        by = dict(reduction=reduction, chunk_size=chunk, implementation=implementation)
+        return call(hidden, weight, labels, bias, return_lse=True, **by)
+
+    plain_gradients, (plain_value, _) = of(plain)
+    gradients, (loss, lse) = of(ours)
+    np.testing.assert_allclose(lse, exact.lse, rtol=1e-5, atol=1e-5)
+    helpers.assert_close("loss", loss, exact.loss.sum() / counted, plain_value)
+    names = ("dhidden", "dweight", "dbias")[: len(tensors)]
+    for name, *values in zip(names, gradients, exact_gradients, plain_gradients, strict=False):
+        assert values[0].dtype == jnp.dtype(dtype)
+        helpers.assert_close(name, *values)
+
+
+@pytest.mark.parametrize("limit", [(5, 1), (8, 8)])
+def test_groups_of_chunks(implementation, limit, monkeypatch):
+    """Some groups, and one, of some chunks, by limits that do not divide the tokens."""
+    from jax_flash._ops import cross_entropy_linear as ops
+
+    monkeypatch.setattr(ops, "_limit", lambda config, weight: limit)
+    (hidden, weight), labels = (normal(0, 83, 18), normal(1, 18, 31)), some_labels(2, (83,), 31)
+    config = ops.of_logits.CrossEntropyConfig(1.0, False)
+    assert ops.groups(config, weight, 83) == ((10, 3, 3) if limit[1] == 1 else (6, 2, 8))
+    assert ops.groups(config, weight, 15) == ((1, 3, 5) if limit[1] == 1 else (1, 2, 8))
+    call = functools.partial(jax_flash.linear_softmax_cross_entropy, implementation=implementation)
+
+    def ours(hidden, weight):
+        return call(hidden, weight, labels, label_smoothing=0.1, z_loss=0.1)
+
+    def plain(hidden, weight):
+        rows, _ = plain_linear(hidden, weight, None, labels, label_smoothing=0.1, z_loss=0.1)
+        return rows.sum() / (labels != IGNORED).sum()
+
+    for tokens in (83, 15):
+        of = functools.partial(jax.value_and_grad, argnums=(0, 1))
+        labels = labels[:tokens]
+        got = jax.jit(of(ours))(hidden[:tokens], weight)
+        assert_close(got, jax.jit(of(plain))(hidden[:tokens], weight))
+
+
+def test_a_mean_makes_its_logits_once():
+    arrays = normal(0, 6, 4), normal(1, 4, 9)
+
+    def primitives(**options):
+        def loss(hidden, weight):
+            call = functools.partial(jax_flash.linear_softmax_cross_entropy, **options)
+            loss, lse = call(hidden, weight, jnp.arange(6), return_lse=True)
+            return loss.sum(), lse
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1), has_aux=True))(*arrays)
+        names = [e.primitive.name for e in equations(jaxpr)]
+        return [n.removeprefix("linear_cross_entropy_") for n in names if n.startswith("linear_")]
+
+    assert primitives() == ["gradients"]
+    assert primitives(reduction="sum") == ["gradients"]
+    assert primitives(reduction="none") == ["forward", "backward"]
+    without = jax.make_jaxpr(jax_flash.linear_softmax_cross_entropy)(*arrays, jnp.arange(6))
+    assert "linear_cross_entropy_gradients" not in str(without)
+
+
+def test_reductions(implementation):
     logits, labels = normal(0, 4, 5, 11), some_labels(1, (4, 5), 11)
-    call = jax_flash.softmax_cross_entropy
+    call = functools.partial(jax_flash.softmax_cross_entropy, implementation=implementation)
 
     @jax.jit
     def of_all(logits):
@@ -218,12 +346,16 @@ def test_the_chunk_changes_no_more_than_orders_of_sums():
 # Labels and values that are none ------------------------------------------------------------------
 
 
-def test_ignored_rows_count_for_nothing():
+def test_ignored_rows_count_for_nothing(implementation):
     """Whatever they hold: NaN, infinities; with the smoothing's sum and the z-loss's square."""
     labels = np.array([3, IGNORED, 1, IGNORED, IGNORED], np.int32)
     logits = np.array(normal(0, 5, 6))
     call = functools.partial(
-        jax_flash.softmax_cross_entropy, label_smoothing=0.1, z_loss=1e-2, return_lse=True
+        jax_flash.softmax_cross_entropy,
+        label_smoothing=0.1,
+        z_loss=1e-2,
+        return_lse=True,
+        implementation=implementation,
     )
 
     @jax.jit
@@ -256,12 +388,14 @@ def test_all_ignored_and_no_rows_have_mean_zero():
     assert loss.shape == lse.shape == (2, 0)
 
 
-def test_a_label_that_is_no_class_makes_its_row_nan():
+def test_a_label_that_is_no_class_makes_its_row_nan(implementation):
     labels = np.array([5, 11, -1, -99, 2**31 - 1, -(2**31), IGNORED, 10])
     logits = normal(0, 8, 11)
     loss, gradient = jax.jit(
         lambda x: with_gradients(
-            functools.partial(jax_flash.softmax_cross_entropy, reduction="none"),
+            functools.partial(
+                jax_flash.softmax_cross_entropy, reduction="none", implementation=implementation
+            ),
             (x,),
             labels,
             jnp.ones(8),
@@ -290,7 +424,7 @@ def test_types_of_labels(dtype):
     assert_close(with_each(labels), [want, want, want.at[2].set(0)])
 
 
-def test_rows_of_infinities_and_nan():
+def test_rows_of_infinities_and_nan(implementation):
     """As the definition has it, in the loss; a class of -inf alone is one that cannot be."""
     rows = np.array(normal(0, 6, 5))
     rows[0, 2] = -np.inf  # not the label's
@@ -300,13 +434,60 @@ def test_rows_of_infinities_and_nan():
     rows[4, 0] = np.nan
     labels = np.full(6, 1, np.int32)
     exact = reference.forward(rows, labels)
-    call = functools.partial(with_gradients, rows_of(jax_flash.softmax_cross_entropy))
+    ours = rows_of(jax_flash.softmax_cross_entropy, implementation=implementation)
+    call = functools.partial(with_gradients, ours)
     (loss, lse), (gradient,) = jax.jit(call)((rows,), labels, (jnp.ones(6), jnp.zeros(6)))
     np.testing.assert_allclose(loss, exact.loss, rtol=1e-6)
     np.testing.assert_allclose(lse, exact.lse, rtol=1e-6)
     exact_gradient = reference.backward(rows, labels, np.ones(6))
     np.testing.assert_allclose(gradient, exact_gradient, rtol=1e-5, atol=1e-6)
     assert np.isfinite(gradient[:2]).all() and gradient[0, 2] == 0
+
+
+@pytest.mark.gpu
+@programs.installed("cuda")
+def test_kernels_do_not_read_ignored_rows_and_repeat_their_bits():
+    """The kernels' own results; XLA's form reads what it ignores."""
+    from jax_flash._ops import cross_entropy as ops
+
+    config = ops.CrossEntropyConfig(0.7, True)
+    with jax.default_device(jax.devices("gpu")[0]):
+        logits = normal(0, 6, 5003, dtype=jnp.bfloat16).at[1].set(jnp.nan)
+        labels = jnp.array([5, ops.IGNORED, -1, 5002, 7000, 0])
+        lse, label_logit, total = first = ops.kernel_forward(config, logits, labels)
+        assert np.isposinf(lse[1]) and label_logit[1] == total[1] == 0
+        assert not label_logit[np.array([2, 4])].any()  # no class, or another device's
+        rows = lse, jnp.array([1.0, 0, 1, 1, 0, 2]), -jnp.ones(6).at[1].set(0), jnp.zeros(6)
+        gradient = ops.kernel_backward(config, logits, labels, *rows)
+        assert not gradient[0][1].any() and not gradient[0][4].any()
+        assert_equal(ops.kernel_forward(config, logits, labels), first)
+        assert_equal(ops.kernel_backward(config, logits, labels, *rows), gradient)
+
+
+@pytest.mark.gpu
+@programs.installed("cuda")
+def test_more_elements_than_an_int32_counts():
+    """The last rows of 2**31 + elements, and more rows than a grid's second axis may have."""
+    rows, vocabulary = 70_000, 40_003
+    with jax.default_device(jax.devices("gpu")[0]):
+        call = functools.partial(jax_flash.softmax_cross_entropy, implementation="cuda")
+        labels = jnp.arange(rows) % vocabulary
+        column = jnp.arange(vocabulary, dtype=jnp.int32)
+
+        def made():
+            x = (jnp.arange(rows)[:, None] * 7 + column * 3) % 1009
+            return x.astype(jnp.bfloat16) / 256
+
+        logits = jax.jit(made)()
+        last = np.asarray(logits[-5:])
+        call = functools.partial(call, reduction="sum", return_lse=True)
+        gradient = jax.jit(jax.grad(call, has_aux=True), donate_argnums=0)
+        got, lse = gradient(logits, labels)
+        got = np.asarray(got[-5:], np.float64)
+    exact = reference.forward(last, labels[-5:])
+    np.testing.assert_allclose(lse[-5:], exact.lse, rtol=1e-5)
+    want = reference.backward(last, labels[-5:], np.ones(5))
+    np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-6)
 
 
 # Transformations ----------------------------------------------------------------------------------
@@ -325,16 +506,17 @@ def hessian_product(f, tensors):
     return jax.jit(jax.grad(slope, tuple(range(len(tensors)))))(*tensors)
 
 
-def test_second_derivatives():
+def test_second_derivatives(implementation):
     labels, options = some_labels(0, (6,), 9), dict(label_smoothing=0.2, z_loss=0.1)
+    by = dict(implementation=implementation)
     logits = normal(1, 6, 9)
-    call = rows_of(jax_flash.softmax_cross_entropy, **options)
+    call = rows_of(jax_flash.softmax_cross_entropy, **options, **by)
     assert_close(
         hessian_product(lambda x: weighted(*call(x, labels)), (logits,)),
         hessian_product(lambda x: weighted(*plain_loss(x, labels, **options)), (logits,)),
     )
     tensors = normal(2, 6, 4), normal(3, 4, 9), normal(4, 9)
-    ours = functools.partial(linear_rows, chunk_size=4, **options)
+    ours = functools.partial(linear_rows, chunk_size=4, **options, **by)
     plain = functools.partial(plain_linear, **options)
     assert_close(
         hessian_product(lambda *x: weighted(*ours(*x, labels)), tensors),
@@ -342,7 +524,27 @@ def test_second_derivatives():
     )
 
 
-def test_derivative_by_a_weight_that_is_zero():
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_second_derivatives_of_the_linear_mean(implementation, reduction):
+    """Through the gradients that the forward made, and through the lse beside them."""
+    labels, options = some_labels(0, (6,), 9), dict(label_smoothing=0.2, z_loss=0.1)
+    tensors = normal(2, 6, 4), normal(3, 4, 9), normal(4, 9)
+    by = dict(reduction=reduction, chunk_size=4, implementation=implementation)
+
+    def ours(hidden, weight, bias):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, return_lse=True)
+        loss, lse = call(hidden, weight, labels, bias, **options, **by)
+        return jnp.sin(loss) + jnp.sum(jnp.sin(lse))
+
+    def plain(*tensors):
+        loss, lse = plain_linear(*tensors, labels, **options)
+        loss = loss.sum() / (1 if reduction == "sum" else (labels != IGNORED).sum())
+        return jnp.sin(loss) + jnp.sum(jnp.sin(lse))
+
+    assert_close(hessian_product(ours, tensors), hessian_product(plain, tensors))
+
+
+def test_derivative_by_a_weight_that_is_zero(implementation):
     """A row with cotangent 0 has gradient 0, but the gradient's own derivative is not 0."""
     logits, labels = normal(0, 3, 5), jnp.array([1, 2, 4])
 
@@ -351,7 +553,7 @@ def test_derivative_by_a_weight_that_is_zero():
         return jnp.sum(jnp.cos(jnp.arange(15.0)).reshape(3, 5) * gradient)
 
     weights = jnp.array([0.0, 1.0, 0.0])
-    call = rows_of(jax_flash.softmax_cross_entropy)
+    call = rows_of(jax_flash.softmax_cross_entropy, implementation=implementation)
     got = jax.jit(jax.grad(functools.partial(slope, call)))(weights)
     want = jax.jit(jax.grad(functools.partial(slope, plain_loss)))(weights)
     assert (abs(want) > 0.05).all()
@@ -359,12 +561,13 @@ def test_derivative_by_a_weight_that_is_zero():
 
 
 @pytest.mark.parametrize("mapped", ["logits", "labels", "both", "inner"])
-def test_vmap(mapped):
+def test_vmap(implementation, mapped):
     logits, labels = normal(0, 3, 4, 7), some_labels(1, (3, 4), 7)
     axes = {"logits": (0, None), "labels": (None, 0), "both": (0, 0), "inner": (1, 1)}[mapped]
     logits = logits if axes[0] is not None else logits[0]
     labels = labels if axes[1] is not None else labels[0]
-    call = rows_of(jax_flash.softmax_cross_entropy, label_smoothing=0.1)
+    options = dict(label_smoothing=0.1)
+    call = rows_of(jax_flash.softmax_cross_entropy, implementation=implementation, **options)
 
     def both(f):
         def of(logits, labels):
@@ -373,11 +576,11 @@ def test_vmap(mapped):
 
         return jax.jit(jax.vmap(of, axes))(logits, labels)
 
-    assert_close(both(call), both(functools.partial(plain_loss, label_smoothing=0.1)))
+    assert_close(both(call), both(functools.partial(plain_loss, **options)))
 
 
 @pytest.mark.parametrize("mapped", [0, 1, 2, 3, "all"])
-def test_vmap_of_the_linear_form(mapped):
+def test_vmap_of_the_linear_form(implementation, mapped):
     """One operand mapped, the others shared: the gradient of what is shared is a sum."""
     full = normal(0, 3, 5, 4), normal(1, 3, 4, 7), normal(2, 3, 7), some_labels(3, (3, 5), 7)
     axes = tuple(0 if mapped in (i, "all") else None for i in range(4))
@@ -390,47 +593,143 @@ def test_vmap_of_the_linear_form(mapped):
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*operands[:3])
 
-    assert_close(gradients(functools.partial(linear_rows, chunk_size=2)), gradients(plain_linear))
+    ours = functools.partial(linear_rows, chunk_size=2, implementation=implementation)
+    assert_close(gradients(ours), gradients(plain_linear))
+
+
+@pytest.mark.parametrize("mapped", [0, 1, 3, "all"])
+def test_vmap_of_the_linear_mean(implementation, mapped):
+    full = normal(0, 3, 5, 4), normal(1, 3, 4, 7), normal(2, 3, 7), some_labels(3, (3, 5), 7)
+    axes = tuple(0 if mapped in (i, "all") else None for i in range(4))
+    operands = tuple(x if axis == 0 else x[0] for x, axis in zip(full, axes, strict=True))
+
+    def gradients(f):
+        call = jax.value_and_grad(f, (0, 1, 2))
+        return jax.jit(jax.vmap(call, axes))(*operands)
+
+    def ours(hidden, weight, bias, labels):
+        by = dict(chunk_size=2, implementation=implementation)
+        return jax_flash.linear_softmax_cross_entropy(hidden, weight, labels, bias, **by)
+
+    def plain(*operands):
+        return plain_linear(*operands)[0].sum() / (operands[3] != IGNORED).sum()
+
+    assert_close(gradients(ours), gradients(plain))
 
 
 def forwards(jaxpr):
     names = [e.primitive.name for e in equations(jaxpr)]
-    return sum(name.endswith("cross_entropy_forward") for name in names)
+    ours = ("cross_entropy_forward", "cross_entropy_gradients")
+    return sum(name.endswith(ours) for name in names)
 
 
 def test_checkpoint_that_saves_the_lse_has_no_second_forward():
     hidden, weight, labels = normal(0, 6, 4), normal(1, 4, 9), some_labels(2, (6,), 9)
 
-    def gradient(policy):
+    def gradient(policy, reduction):
         @functools.partial(jax.checkpoint, policy=policy)
         def loss(hidden, weight):
-            return jax_flash.linear_softmax_cross_entropy(hidden, weight, labels, z_loss=0.1)
+            call = functools.partial(jax_flash.linear_softmax_cross_entropy, reduction=reduction)
+            return call(hidden, weight, labels, z_loss=0.1).sum()
 
         return jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, weight)
 
-    assert forwards(gradient(checkpoint_policies.nothing_saveable)) == 2
-    assert forwards(gradient(checkpoint_policies.save_only_these_names("cross_entropy_lse"))) == 1
+    named = checkpoint_policies.save_only_these_names
+    assert forwards(gradient(checkpoint_policies.nothing_saveable, "none")) == 2
+    assert forwards(gradient(named("cross_entropy_lse"), "none")) == 1
+    # Of a mean or a sum the forward makes the gradients, and they are what can be saved.
+    assert forwards(gradient(checkpoint_policies.nothing_saveable, "mean")) == 2
+    assert forwards(gradient(named("cross_entropy_gradients"), "mean")) == 1
 
 
-def test_scan_and_lowering_for_cuda():
+def test_scan(implementation):
     logits, labels = normal(0, 3, 4, 9, dtype=jnp.bfloat16), some_labels(1, (3, 4), 9)
 
     def step(sum_, x):
-        return sum_ + jax_flash.softmax_cross_entropy(*x), None
+        return sum_ + jax_flash.softmax_cross_entropy(*x, implementation=implementation), None
 
     got, _ = jax.jit(lambda *x: jax.lax.scan(step, jnp.float32(0), x))(logits, labels)
     rows = plain_loss(logits, labels)[0]
     assert_close(got, sum(r.sum() / (n != IGNORED).sum() for r, n in zip(rows, labels)))
-    gradient = jax.jit(jax.grad(jax_flash.softmax_cross_entropy))
-    text = gradient.trace(logits, labels).lower(lowering_platforms=("cuda",)).as_text()
-    assert "exponential" in text
+
+
+def lowered_for_cuda(f, *arrays):
+    return jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def shapes_of(*arrays):
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
+
+
+@programs.installed("cuda")
+@pytest.mark.parametrize("total", [False, True])
+def test_on_cuda_it_is_two_custom_calls(total):
+    """The backward writes over the logits; rows and columns reach the kernels as they are."""
+    call = functools.partial(jax_flash.softmax_cross_entropy, label_smoothing=0.1 * total)
+    arrays = shapes_of(((4, 6, 1001), jnp.bfloat16), ((4, 6), jnp.int32))
+    text = lowered_for_cuda(jax.value_and_grad(call), *arrays)
+    logits, labels, row = "24x1001xbf16", "24xi32", "24xf32"
+    third = row if total else "0xf32"
+    assert custom_calls(text) == [
+        ("jax_flash.cross_entropy_forward", [logits, labels], [row, row, third]),
+        ("jax_flash.cross_entropy_backward", [logits, labels, row, row, row, third], [logits]),
+    ]
+    assert text.count("output_operand_alias<") == 1
+    xla = lowered_for_cuda(jax.grad(functools.partial(call, implementation="xla")), *arrays)
+    assert custom_calls(xla) == [] and "exponential" in xla
+
+
+@programs.installed("cuda")
+def test_the_linear_form_on_cuda_is_kernels_between_products():
+    """A chunk's logits are float32; its gradient goes into the group's, where the others' are."""
+    tensors = shapes_of(((24, 18), jnp.bfloat16), ((18, 101), jnp.bfloat16))
+    call = functools.partial(jax_flash.linear_softmax_cross_entropy, chunk_size=8)
+
+    def calls(**options):
+        f = functools.partial(call, **options)
+        loss = lambda *x: jnp.sum(f(*x, jnp.arange(24)))  # noqa: E731
+        return [lowered_for_cuda(g, *tensors) for g in (loss, jax.grad(loss, (0, 1)))]
+
+    logits, dlogits, row = "8x101xf32", "8x101xbf16", "8xf32"
+    for text in calls(reduction="mean")[1:] + calls(reduction="sum")[1:]:
+        assert "exponential" not in text and "jax_flash.cross_entropy_forward" not in text
+        for target, operands, results in custom_calls(text):
+            assert target == "jax_flash.cross_entropy_gradients"
+            assert operands == [logits, "8xi32", row, "1xi32", "0xbf16"]
+            assert results == [row, row, "0xf32", dlogits]
+    forward, backward = calls(reduction="none")
+    assert {target for target, *_ in custom_calls(forward)} == {"jax_flash.cross_entropy_forward"}
+    by_none = {
+        (target, operands[0], results[-1]) for target, operands, results in custom_calls(backward)
+    }
+    assert ("jax_flash.cross_entropy_backward", logits, dlogits) in by_none
+    # By default the group is all tokens, in one chunk; here of two.
+    text = lowered_for_cuda(
+        jax.grad(functools.partial(jax_flash.linear_softmax_cross_entropy), (0, 1)),
+        *shapes_of(((256, 160), jnp.bfloat16), ((160, 1 << 19), jnp.bfloat16), ((256,), jnp.int32)),
+    )
+    first, others = custom_calls(text)
+    assert first[1][-1] == "0xbf16" and others[1][-1] == others[2][-1] == "256x524288xbf16"
+    assert text.count("output_operand_alias<") == 1
+
+
+@programs.installed("cuda")
+def test_float64_on_cuda_runs_in_xla_with_a_warning():
+    programs.forget_warnings()
+    with jax.enable_x64(True):
+        arrays = shapes_of(((3, 5), jnp.float64), ((3,), jnp.int32))
+        with pytest.warns(UserWarning, match="float64"):
+            text = lowered_for_cuda(jax_flash.softmax_cross_entropy, *arrays)
+    assert custom_calls(text) == []
 
 
 def test_export_for_any_number_of_rows():
     (rows,) = export.symbolic_shape("rows")
     shapes = jax.ShapeDtypeStruct((rows, 9), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     gradient = jax.grad(functools.partial(jax_flash.softmax_cross_entropy, z_loss=0.1))
-    exported = export.export(jax.jit(gradient), platforms=("cpu", "cuda"))(*shapes)
+    exported = export.export(
+        jax.jit(gradient), platforms=("cpu", "cuda"), disabled_checks=jax_flash.export_checks()
+    )(*shapes)
     logits, labels = normal(0, 5, 9), some_labels(1, (5,), 9)
     loaded = export.deserialize(exported.serialize())
     assert_close(loaded.call(logits, labels), jax.jit(gradient)(logits, labels))
@@ -468,15 +767,25 @@ def test_the_linear_form_never_holds_all_logits():
     assert programs.largest_array(compiled.as_text())[0] >= tokens * vocabulary
 
 
-def test_the_default_chunk_is_bounded():
-    from jax_flash._ops import cross_entropy as ops
+def test_chunks_and_groups_are_bounded():
+    """Logits of a chunk: 256 MiB or what the weight has; their gradients: its gradient's sum."""
+    from jax_flash._ops import cross_entropy_linear as ops
+    from jax_flash._ops.cross_entropy import CrossEntropyConfig
 
-    config = ops.CrossEntropyConfig(1.0, False, row_axes=1)
-    for vocabulary in (1, 997, 50257, 128256, 1 << 24):
-        for tokens in (1, 127, 128, 4097, 1 << 20):
-            count, size = ops._chunks(config, vocabulary, tokens)
-            assert (count - 1) * size < tokens <= count * size
-            assert size * vocabulary <= max(ops._CHUNK_LOGITS, 128 * vocabulary)
+    for chunk in (0, 1, 100, 5000):
+        config = CrossEntropyConfig(1.0, False, row_axes=1, chunk=chunk)
+        for width, vocabulary in ((1, 1), (7, 997), (64, 1 << 24), (4096, 50257), (4096, 128256)):
+            weight = jax.ShapeDtypeStruct((width, vocabulary), jnp.bfloat16)
+            limit = chunk or max(ops._CHUNK_LOGITS // vocabulary, width // 2, 128)
+            for tokens in (1, 127, 128, 4097, 8192, 1 << 20):
+                count, size = ops.chunks(config, weight, tokens)
+                assert (count - 1) * size < tokens <= count * size
+                assert size <= limit
+                count, each, size = ops.groups(config, weight, tokens)
+                assert (count - 1) * each * size < tokens <= count * each * size
+                assert size <= limit
+                assert each * size <= (chunk or max(limit, 2 * width) + 128 * each)
+                assert chunk or count > 1 or each * size < max(limit, 2 * width) + 128 * each
 
 
 def test_the_gradient_takes_the_place_of_donated_logits():
@@ -612,6 +921,56 @@ def test_jit_of_the_sharded_linear_form(case):
     if case == "rows":
         forward = functools.partial(linear_rows, chunk_size=3)
         assert run(forward, *arrays)[1] == {}
+
+
+def linear_mean_program(hidden, weight, bias, labels):
+    def loss(hidden, weight, bias):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, chunk_size=3, **CHOSEN)
+        return call(hidden, weight, labels, bias)
+
+    return jax.value_and_grad(loss, (0, 1, 2))(hidden, weight, bias)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("case", LINEAR_CUTS)
+def test_jit_of_the_sharded_linear_mean(case, kind):
+    """Where devices share the vocabulary they agree on the lse before they make gradients."""
+    sizes, rows, weight, bias, crossing = LINEAR_CUTS[case]
+    mesh, operands = mesh_of(*sizes, kind=kind), linear_operands()
+    want = jax.device_get(jax.jit(linear_mean_program)(*operands))
+    with jax.set_mesh(mesh):
+        results, traffic = run(
+            linear_mean_program, *put(mesh, operands, (rows, weight, bias, rows))
+        )
+    assert set(traffic) == {"all-reduce"} and set(traffic["all-reduce"]) <= {*crossing, ()}
+    assert_close(jax.device_get(results), want, 2e-6)
+    for gradient, spec in zip(results[1], (rows, weight, bias), strict=True):
+        assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, spec), gradient.ndim)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_of_the_linear_mean(check_vma):
+    """Tokens of its own on each device, one weight."""
+    mesh, (hidden, weight, bias, labels) = mesh_of(4), linear_operands()
+
+    def body(hidden, weight, bias, labels):
+        loss = linear_mean_program(hidden, weight, bias, labels)[0]
+        return jax.lax.pmean(loss, "a")
+
+    mapped = jax.shard_map(
+        body, mesh=mesh, in_specs=(P("a"), P(), P(), P("a")), out_specs=P(), check_vma=check_vma
+    )
+
+    def whole(hidden, weight, bias):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, **CHOSEN)
+        return jnp.mean(jax.vmap(call, (0, None, 0, None))(hidden, weight, labels, bias))
+
+    def sharded(hidden, weight, bias):
+        return mapped(hidden, weight, bias, labels)
+
+    got = jax.jit(jax.value_and_grad(sharded, (0, 1, 2)))(hidden, weight, bias)
+    want = jax.jit(jax.value_and_grad(whole, (0, 1, 2)))(hidden, weight, bias)
+    assert_close(jax.device_get(got), jax.device_get(want), 2e-6)
 
 
 # Specs of hidden, weight, bias where something must be gathered, or cut, before devices can begin.
@@ -847,11 +1206,11 @@ REFUSED = {
         ValueError,
         "implementation: expected one of (None, 'cuda', 'cpu', 'xla'), got 'triton'",
     ),
-    "cuda": (
+    "cpu": (
         (LOGITS_3_5, LABELS_3),
-        dict(implementation="cuda"),
+        dict(implementation="cpu"),
         NotImplementedError,
-        "implementation='cuda': cross-entropy has no cuda kernels",
+        "implementation='cpu': cross-entropy has no cpu kernels",
     ),
 }
 HIDDEN_3_4, WEIGHT_4_5 = np.ones((3, 4), np.float32), np.ones((4, 5), np.float32)
