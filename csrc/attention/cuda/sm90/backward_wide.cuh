@@ -7,10 +7,9 @@
 #pragma once
 
 #include "attention/cuda/dropout.cuh"
-#include "attention/cuda/sm90/backward_common.cuh"
+#include "attention/cuda/sm90/backward_consumer.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
 #include "attention/cuda/sm90/backward_wide_supply.cuh"
-#include "device/element.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
 #include "ptx/wgmma.cuh"
@@ -155,7 +154,7 @@ class WideConsumer {
 
   __device__ __forceinline__ void pass_values(const KeyTilePlace& place, Gradient& rDV) {
     const float scale_log2 = a_.p.scale * 1.4426950408889634f;
-    const int warp_row = thread() / 32 * 16, quad_lane = threadIdx.x % 4;
+    const int warp_row = thread() / 32 * 16;
     const Sequence& s = place.sequence;
     Scores rS;
     Operand rP;
@@ -172,18 +171,7 @@ class WideConsumer {
         mask_scores(rS, s, BlockMask(a_.p.mask, place.batch, step.head), s.first_row + warp_row,
                     step.row);
       }
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        const float4 lse =
-            *reinterpret_cast<const float4*>(&smem_.lse[stage][16 * j + 4 * quad_lane]);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float low = e % 2 == 0 ? lse.x : lse.y, high = e % 2 == 0 ? lse.z : lse.w;
-          rS[2 * j][e] = ptx::exp2_approx(fmaf(rS[2 * j][e], scale_log2, -low));
-          rS[2 * j + 1][e] = ptx::exp2_approx(fmaf(rS[2 * j + 1][e], scale_log2, -high));
-        }
-        device::pack_operand<Element>(rP[j], rS[2 * j], rS[2 * j + 1]);
-      }
+      exponentiate<Element>(rS, rP, smem_.lse[stage], scale_log2);
       const bool is_last = step.is_last;
       ptx::mbarrier_wait(smem_.p_empty[score_ring_.stage], score_ring_.phase ^ 1);
 #pragma unroll
@@ -215,7 +203,7 @@ class WideConsumer {
   }
 
   __device__ __forceinline__ void pass_keys(const KeyTilePlace& place, Gradient& rDK) {
-    const int warp_row = thread() / 32 * 16, quad_lane = threadIdx.x % 4;
+    const int warp_row = thread() / 32 * 16;
     Scores rDP;
     Operand rDS;
     ptx::mbarrier_wait(smem_.v_full, key_phase_);
@@ -233,18 +221,9 @@ class WideConsumer {
           warp_row);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
-        const float4 delta =
-            *reinterpret_cast<const float4*>(&smem_.delta[stage][16 * j + 4 * quad_lane]);
         const uint4 p = smem_.p[score_ring_.stage][j][thread()];
         const uint32_t pairs[4] = {p.x, p.y, p.z, p.w};
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          const float (&dp)[4] = rDP[2 * j + word / 2];
-          const float even = word < 2 ? delta.x : delta.z, odd = word < 2 ? delta.y : delta.w;
-          rDS[j][word] = device::multiply<Element>(
-              pairs[word],
-              device::pack<Element>(dp[word % 2 * 2] - even, dp[word % 2 * 2 + 1] - odd));
-        }
+        differentiate<Element>(rDP, pairs, smem_.delta[stage], j, rDS[j]);
       }
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
@@ -287,13 +266,7 @@ class WideConsumer {
   __device__ __forceinline__ void store(const KeyTilePlace& place, const Gradient& rD) {
     constexpr int kChunks = kHeadDim / 8;
     if (place.dkv_sum != nullptr) {
-      float4* sum =
-          reinterpret_cast<float4*>(place.dkv_sum + (kIsValue ? a_.plan.dkv_elements : 0)) +
-          thread();
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        sum[n * 128] = {rD[n][0], rD[n][1], rD[n][2], rD[n][3]};
-      }
+      store_sum(place.dkv_sum + (kIsValue ? a_.plan.dkv_elements : 0), rD);
       return;
     }
     const Sequence& s = place.sequence;
@@ -305,20 +278,7 @@ class WideConsumer {
     const int barrier = kIsValue ? 1 : 2;
     if (has_steps) {
       const float scale = dropout_scale(a_.p.dropout) * (kIsValue ? 1.0f : a_.p.scale);
-      const device::LdmatrixAddress<KeyTile> address(
-          tile, device::LdmatrixAddress<KeyTile>::Order::kRowsFirst, thread() / 32 * 16);
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 16; ++j) {
-        uint32_t packed[4];
-        float left[4], right[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          left[e] = rD[2 * j][e] * scale;
-          right[e] = rD[2 * j + 1][e] * scale;
-        }
-        device::pack_operand<Element>(packed, left, right);
-        ptx::stmatrix_x4(address(0, 16 * j), packed);
-      }
+      stage_gradient<Element>(tile, rD, scale);
       ptx::named_barrier_sync(barrier, 128);  // The tile is written before others copy it.
     }
     Element* destination =
