@@ -85,7 +85,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
   using GradientTile = typename Traits::GradientTile;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kHeadDim = Traits::kHeadDim;
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int thread = threadIdx.x % 128;
   const int warp_row = 64 * consumer + thread / 32 * 16;  // of the key tile
   const float scale_log2 = a.p.scale * 1.4426950408889634f;
 
