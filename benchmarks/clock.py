@@ -54,12 +54,14 @@ class Timed:
         self.host_bound += (enqueued - start) / first / self.calls > 0.85 * self.seconds[-1]
 
     def warm_up(self, target: float) -> None:
-        """Two bursts, the second of which says how many launches fill `target` seconds."""
+        """Bursts of 1, of 2, which says how many launches fill `target` seconds, and of as many,
+        which makes the allocator take all the memory that it will need."""
         self.burst()
         self.launches = 2
         self.burst()
         launch = max(self.seconds[-1] * self.calls, 1e-7)
         self.launches = max(1, min(500, round(target / launch)))
+        self.burst()
         self.seconds.clear()
         self.host_bound = 0
 
