@@ -59,9 +59,11 @@ def activate(activation: str, pre: jax.Array) -> jax.Array:
 
 
 def _affine(x, weight, bias) -> jax.Array:
-    """x W + b in x's type."""
+    """x W + b in x's type. A bias of that type goes into the product's epilogue on a GPU."""
     y = jnp.matmul(x, weight.astype(x.dtype))
-    return y if bias is None else (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
+    if bias is None or bias.dtype == y.dtype:
+        return y if bias is None else y + bias
+    return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
 
 
 def _rows(x) -> jax.Array:
@@ -69,9 +71,9 @@ def _rows(x) -> jax.Array:
 
 
 def _weight_gradient(x, dy, weight) -> jax.Array:
-    """x^T dY over all rows, accumulated in float32, in the weight's type."""
-    product = jnp.matmul(_rows(x).T, _rows(dy), preferred_element_type=jnp.float32)
-    return product.astype(weight.dtype)
+    """x^T dY over all rows, accumulated in float32, rounded once to the weight's type."""
+    wide = jnp.promote_types(x.dtype, weight.dtype)
+    return jnp.matmul(_rows(x).T, _rows(dy), preferred_element_type=wide).astype(weight.dtype)
 
 
 def _bias_gradient(dy, bias) -> jax.Array | None:
@@ -82,10 +84,11 @@ def _bias_gradient(dy, bias) -> jax.Array | None:
 
 def _input_gradient(dy, weight, dresidual) -> jax.Array:
     """dY W^T, plus the residual's gradient, rounded once."""
-    product = jnp.matmul(dy, weight.astype(dy.dtype).T, preferred_element_type=jnp.float32)
-    if dresidual is not None:
-        product += dresidual.astype(jnp.float32)
-    return product.astype(dy.dtype)
+    weight = weight.astype(dy.dtype).T
+    if dresidual is None:
+        return jnp.matmul(dy, weight)
+    product = jnp.matmul(dy, weight, preferred_element_type=jnp.float32)
+    return (product + dresidual.astype(jnp.float32)).astype(dy.dtype)
 
 
 def _pack(pre) -> jax.Array:
@@ -102,9 +105,13 @@ def _activation_gradient(config, saved, dh, width: int, dtype) -> jax.Array:
         return dh.astype(dtype)
     if config.activation == "relu":
         is_positive = jnp.unpackbits(saved, axis=-1, count=width, bitorder="little")
-        return jnp.where(is_positive != 0, dh, 0.0).astype(dtype)
-    _, pullback = jax.vjp(functools.partial(activate, config.activation), saved.astype(jnp.float32))
-    return pullback(dh)[0].astype(dtype)
+        dpre = jnp.where(is_positive != 0, dh, 0.0)
+    else:
+        formula = functools.partial(activate, config.activation)
+        dpre = jax.vjp(formula, saved.astype(jnp.float32))[1](dh)[0]
+    # Three read it. Without a wall XLA writes the float32 form too, for the bias gradient's sum:
+    # 3.8 GB instead of 2.1 at 16384 x 16384.
+    return jax.lax.optimization_barrier(dpre.astype(dtype))
 
 
 # One product, with or without an activation -----------------------------------------------------
