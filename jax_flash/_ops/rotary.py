@@ -119,15 +119,9 @@ def rotate(config, x, cos, sin, cos_k, sin_k, positions):
 
 # CUDA kernels ------------------------------------------------------------------------------------
 
-_KERNEL_TYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
-
 
 def _refuse(config, x, *rest) -> str | None:
-    if (reason := _register.missing("cuda")) is not None:
-        return reason
-    if x.dtype not in _KERNEL_TYPES:
-        return f"{x.dtype} (kernels: float32, float16, bfloat16)"
-    return None
+    return _register.refusal("cuda", x.dtype)
 
 
 def _kernel(config, x, *rest):

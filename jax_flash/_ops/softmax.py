@@ -117,15 +117,9 @@ def backward(config, probs, dprobs, row_ids):
 
 # CUDA kernels ------------------------------------------------------------------------------------
 
-_KERNEL_TYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
-
 
 def _refuse(config, scores, *rest) -> str | None:
-    if (reason := _register.missing("cuda")) is not None:
-        return reason
-    if scores.dtype not in _KERNEL_TYPES:
-        return f"{scores.dtype} (kernels: float32, float16, bfloat16)"
-    return None
+    return _register.refusal("cuda", scores.dtype)
 
 
 def _call(target, signature, result, wholes, config, *operands, in_place=None):
