@@ -68,6 +68,15 @@ __global__ void __launch_bounds__(kMostThreads)
   const int first_head = thread / plan.threads_of_head;
   for (int j = thread % plan.threads_of_head * kCount; j < p.pairs;
        j += plan.threads_of_head * kCount) {
+    Pairs pairs[kUnroll];
+    const auto load = [&](int head) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int h = head + u * plan.heads_at_once;
+        if (h < p.heads) pairs[u].load(x + h * head_dim, j, p.pairs);
+      }
+    };
+    load(first_head);  // before the position is waited for
     Angles<kCount> angles;
     if (position >= 0 && position < p.length) {
       angles.load(p.tables[kind], batch, position * int64_t{p.pairs} + j, sign);
@@ -75,13 +84,7 @@ __global__ void __launch_bounds__(kMostThreads)
 #pragma unroll
       for (int i = 0; i < kCount; ++i) angles.cos[i] = angles.sin[i] = NAN;
     }
-    for (int head = first_head; head < p.heads; head += kUnroll * plan.heads_at_once) {
-      Pairs pairs[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int h = head + u * plan.heads_at_once;
-        if (h < p.heads) pairs[u].load(x + h * head_dim, j, p.pairs);
-      }
+    for (int head = first_head; head < p.heads;) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int h = head + u * plan.heads_at_once;
@@ -89,6 +92,8 @@ __global__ void __launch_bounds__(kMostThreads)
         if (position >= 0) turn(pairs[u], angles);
         pairs[u].store(out + h * head_dim, j, p.pairs);
       }
+      head += kUnroll * plan.heads_at_once;
+      load(head);
     }
   }
 
