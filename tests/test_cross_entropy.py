@@ -270,6 +270,26 @@ def test_groups_of_chunks(implementation, limit, monkeypatch):
         assert_close(got, jax.jit(of(plain))(hidden[:tokens], weight))
 
 
+def test_a_scaled_loss_saves_float16_gradients(implementation):
+    """Whose parts, 1 / (tokens * classes) = 2**-24, are as small as a float16 can be."""
+    tokens, classes, scale = 4096, 4096, 2.0**16
+    hidden, weight, labels = (
+        normal(0, tokens, 4),
+        normal(1, 4, classes),
+        some_labels(2, (tokens,), 9),
+    )
+
+    def gradients(dtype):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, label_smoothing=0.5)
+        run = functools.partial(call, labels=labels, implementation=implementation)
+        scaled = jax.grad(lambda *x: scale * run(*x), (0, 1))
+        return jax.jit(scaled)(hidden.astype(dtype), weight.astype(dtype))
+
+    for got, want in zip(gradients(jnp.float16), gradients(jnp.float32), strict=True):
+        error = got.astype(jnp.float32) - want
+        assert jnp.linalg.norm(error) < 5e-3 * jnp.linalg.norm(want)
+
+
 def test_a_mean_makes_its_logits_once():
     arrays = normal(0, 6, 4), normal(1, 4, 9)
 
