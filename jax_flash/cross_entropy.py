@@ -43,7 +43,8 @@ _OPTIONS = """
       axis_name: under shard_map, pmap or vmap: the vocabulary lies on this axis (or these), an
         equal part on each device in the order of their indices; labels count through all of it.
         Not needed under `jit`, which sees the sharding of the arrays.
-      implementation: None picks what exists: "xla", compiled from jnp, today alone.
+      implementation: None picks by platform: "cuda", kernels for float32, float16, bfloat16, or
+        "xla", compiled from jnp, everywhere else.
 """
 _RETURNS = """
     Returns:
@@ -177,7 +178,7 @@ def _loss(
     **linear: int,
 ):
     """The loss by `statistics` of `tensors`, whose columns on this device are `vocabulary`."""
-    shared.check_implementation(implementation, "cross-entropy", ())
+    shared.check_implementation(implementation, "cross-entropy", ("cuda",))
     smoothing = _static_number(
         "label_smoothing", label_smoothing, "a number in [0, 1)", lambda s: 0 <= s < 1
     )
@@ -197,6 +198,7 @@ def _loss(
             scale=scale, with_total=smoothing > 0, implementation=implementation, **linear
         )
         own = jnp.where(valid, labels.astype(jnp.int32), -1)
+        own = jnp.where(ignored, ops.IGNORED, own)
         if axis_name is not None:
             own = ops.own_labels(own, vocabulary, axis_name)
         *tensors, own = vary_together(*tensors, own)
@@ -257,7 +259,8 @@ def softmax_cross_entropy(
 
     Saves one float32 a row for the backward, and no probabilities. Rows shard freely, without a
     collective; where the vocabulary is sharded, devices exchange three numbers a row (four with
-    label smoothing), and nothing in the backward.
+    label smoothing), and nothing in the backward. On CUDA the gradient is written over the logits,
+    which XLA copies first only where they are needed again (or belong to the caller: donate them).
 
     Args:
       logits: [*B, V], any number of leading axes, any V >= 1; bfloat16, float16, float32, float64.

@@ -469,6 +469,20 @@ def warn_once(text: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-def ffi_call(target: str, results: Sequence[jax.ShapeDtypeStruct], *operands, **attributes):
-    """One custom call; attributes are booleans or numpy scalars, scratch memory is a result."""
-    return jax.ffi.ffi_call(target, tuple(results))(*operands, **attributes)
+def ffi_call(
+    target: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    *operands,
+    in_place: dict[int, int] | None = None,
+    **attributes,
+):
+    """One custom call; attributes are booleans or numpy scalars, scratch memory is a result.
+
+    `in_place` names operands whose memory results take: {operand: result}. XLA copies such an
+    operand first where somebody still needs it. (Operators batch by their own rule; vmap sees a
+    call only inside the body of one that is made of others.)
+    """
+    call = jax.ffi.ffi_call(
+        target, tuple(results), input_output_aliases=in_place, vmap_method="sequential"
+    )
+    return call(*operands, **attributes)

@@ -17,18 +17,25 @@ another device's. The backward is
 
 where a row with dlse = 0 has no exponentials, whatever it holds, NaN included. `total` and
 `dtotal` are off (empty) where the config does not ask for them, `bias` and `dbias` where there is
-none. Statistics and cotangents are float32.
+none. Statistics and cotangents are float32. A row with the label IGNORED counts for nothing: its
+statistics are any numbers or NaN, of which the caller keeps none, and a kernel need not read it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_flash._ops._op import BATCH, Implementation, Op, Signature, is_off
+from jax_flash._ops import _register
+from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
+
+IGNORED = np.iinfo(np.int32).min  # the label of a row that counts for nothing
 
 _CHUNK_LOGITS = 1 << 26  # logits at once in the linear form: 256 MiB
 _CHUNK_MULTIPLE = 128  # tokens: whole tiles of a matmul
@@ -76,8 +83,9 @@ def combine(statistics, axis_name):
 
 
 def own_labels(labels, vocabulary: int, axis_name):
-    """Labels counted from the first of this device's `vocabulary` columns; int32, -1 or a class."""
-    return labels - jax.lax.axis_index(axis_name) * vocabulary
+    """Labels counted from the first of this device's `vocabulary` columns; int32."""
+    own = labels - jax.lax.axis_index(axis_name) * vocabulary
+    return jnp.where(labels == IGNORED, IGNORED, own)
 
 
 # Logits -------------------------------------------------------------------------------------------
@@ -169,6 +177,63 @@ def backward(config, logits, labels, lse, dlse, dlabel, dtotal):
     return ((dz * config.scale).astype(logits.dtype),)
 
 
+# CUDA kernels of logits ---------------------------------------------------------------------------
+
+_KERNEL_TYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
+_MAX_KERNEL_CLASSES = 1 << 30  # columns are int32 there
+
+
+def refuse_kernel(config, logits, *rest) -> str | None:
+    if (reason := _register.missing("cuda")) is not None:
+        return reason
+    if logits.dtype not in _KERNEL_TYPES:
+        return f"{logits.dtype} (kernels: float32, float16, bfloat16)"
+    if logits.shape[-1] > _MAX_KERNEL_CLASSES:
+        return f"{logits.shape[-1]} classes (kernels: up to {_MAX_KERNEL_CLASSES})"
+    return None
+
+
+def _as_rows(logits, *rows):
+    """logits [rows, V], everything else [rows]; what is off stays so."""
+    lead = _lead(logits, *rows)
+    count = math.prod(lead)
+    flat = [x if is_off(x) else jnp.broadcast_to(x, lead).reshape(count) for x in rows]
+    logits = jnp.broadcast_to(logits, (*lead, logits.shape[-1]))
+    return logits.reshape(count, logits.shape[-1]), *flat
+
+
+def kernel_forward(config, logits, labels):
+    lead = _lead(logits, labels)
+    logits, labels = _as_rows(logits, labels)
+    statistics = ffi_call(
+        "jax_flash.cross_entropy_forward",
+        _statistics_shapes(config, labels.shape, logits.dtype),
+        logits,
+        labels,
+        scale=np.float32(config.scale),
+    )
+    return tuple(x if is_off(x) else x.reshape(lead) for x in statistics)
+
+
+def kernel_backward(config, logits, *rows, dtype=None):
+    """The gradient, where it has the logits' type, takes their memory.
+
+    XLA copies them first where they are needed once more.
+    """
+    dtype = logits.dtype if dtype is None else dtype
+    shape = _backward_results(config, logits, *rows)[0].shape
+    logits, *rows = _as_rows(logits, *rows)
+    (dlogits,) = ffi_call(
+        "jax_flash.cross_entropy_backward",
+        (jax.ShapeDtypeStruct(logits.shape, dtype),),
+        logits,
+        *rows,
+        in_place={0: 0} if dtype == logits.dtype else None,
+        scale=np.float32(config.scale),
+    )
+    return (dlogits.reshape(shape),)
+
+
 # Hidden states and a weight -----------------------------------------------------------------------
 
 
@@ -258,16 +323,17 @@ def _chunk_logits(hidden, weight, bias):
     return logits if is_off(bias) else logits + bias
 
 
-def _linear_forward(config, hidden, weight, bias, labels):
+def _linear_forward(of_logits, config, hidden, weight, bias, labels):
+    """`of_logits` is `forward`, or the kernel in its place."""
     shape, tokens = labels.shape, labels.size
     count, size = _chunks(config, weight.shape[-1], tokens)
 
     def of_chunk(chunk):
         hidden, labels = chunk
-        return forward(config, _chunk_logits(hidden, weight, bias), labels)
+        return of_logits(config, _chunk_logits(hidden, weight, bias), labels)
 
     hidden = _split(hidden.reshape(tokens, -1), count, size)
-    labels = _split(labels.reshape(tokens), count, size, -1)
+    labels = _split(labels.reshape(tokens), count, size, IGNORED)
     if count == 1:
         statistics = of_chunk((hidden[0], labels[0]))
     else:
@@ -278,7 +344,8 @@ def _linear_forward(config, hidden, weight, bias, labels):
     )
 
 
-def _linear_backward(config, hidden, weight, bias, labels, *rows):
+def _linear_backward(of_logits, config, hidden, weight, bias, labels, *rows):
+    """`of_logits` is `backward`, or the kernel in its place."""
     shape, tokens = hidden.shape, labels.size
     count, size = _chunks(config, weight.shape[-1], tokens)
     wide = _wide(hidden.dtype)
@@ -286,15 +353,15 @@ def _linear_backward(config, hidden, weight, bias, labels, *rows):
     @jax.checkpoint
     def of_chunk(chunk):
         hidden, labels, *rows = chunk
-        (dlogits,) = backward(config, _chunk_logits(hidden, weight, bias), labels, *rows)
-        dbias = bias if is_off(bias) else dlogits.sum(0)
+        (dlogits,) = of_logits(config, _chunk_logits(hidden, weight, bias), labels, *rows)
+        dbias = bias if is_off(bias) else dlogits.sum(0, dtype=wide)
         dlogits = dlogits.astype(hidden.dtype)
         dhidden = jnp.dot(dlogits, weight.T, preferred_element_type=wide).astype(hidden.dtype)
         return jnp.dot(hidden.T, dlogits, preferred_element_type=wide), dbias, dhidden
 
     chunks = (
         _split(hidden.reshape(tokens, -1), count, size),
-        _split(labels.reshape(tokens), count, size, -1),
+        _split(labels.reshape(tokens), count, size, IGNORED),
         *(
             jnp.zeros((count, 0), x.dtype) if is_off(x) else _split(x.reshape(tokens), count, size)
             for x in rows
@@ -328,43 +395,58 @@ def _over_batch(f, axes: int, operands: Sequence[jax.Array]):
     return [jnp.zeros((0,), x.dtype) if x.size == 0 else x for x in results]  # off
 
 
-def linear_forward(config, hidden, *rest):
+def linear_forward(config, hidden, *rest, of_logits=forward):
     """lse, label_logit, total of each token, in jnp."""
     axes = hidden.ndim - 1 - config.row_axes
-    return tuple(_over_batch(lambda *x: _linear_forward(config, *x), axes, (hidden, *rest)))
+    run = functools.partial(_linear_forward, of_logits, config)
+    return tuple(_over_batch(run, axes, (hidden, *rest)))
 
 
-def linear_backward(config, hidden, *rest):
+def linear_backward(config, hidden, *rest, of_logits=backward):
     """dhidden, dweight, dbias in jnp; JAX can differentiate it, without keeping all logits."""
     axes = hidden.ndim - 1 - config.row_axes
-    return tuple(_over_batch(lambda *x: _linear_backward(config, *x), axes, (hidden, *rest)))
+    run = functools.partial(_linear_backward, of_logits, config)
+    return tuple(_over_batch(run, axes, (hidden, *rest)))
+
+
+def linear_kernel_forward(config, hidden, *rest):
+    return linear_forward(config, hidden, *rest, of_logits=kernel_forward)
+
+
+def linear_kernel_backward(config, hidden, *rest):
+    of_logits = functools.partial(kernel_backward, dtype=hidden.dtype)
+    return linear_backward(config, hidden, *rest, of_logits=of_logits)
+
+
+def refuse_linear_kernel(config, hidden, weight, *rest) -> str | None:
+    return refuse_kernel(config, weight)
 
 
 cross_entropy_forward = Op(
     "cross_entropy_forward",
     signature=_forward_signature,
     results=_forward_results,
-    native={},
+    native={"cuda": Implementation("cuda", kernel_forward, refuse_kernel)},
     xla=Implementation("xla", forward),
 )
 cross_entropy_backward = Op(
     "cross_entropy_backward",
     signature=_backward_signature,
     results=_backward_results,
-    native={},
+    native={"cuda": Implementation("cuda", kernel_backward, refuse_kernel)},
     xla=Implementation("xla", backward),
 )
 linear_cross_entropy_forward = Op(
     "linear_cross_entropy_forward",
     signature=_linear_forward_signature,
     results=_linear_forward_results,
-    native={},
+    native={"cuda": Implementation("cuda", linear_kernel_forward, refuse_linear_kernel)},
     xla=Implementation("xla", linear_forward),
 )
 linear_cross_entropy_backward = Op(
     "linear_cross_entropy_backward",
     signature=_linear_backward_signature,
     results=_linear_backward_results,
-    native={},
+    native={"cuda": Implementation("cuda", linear_kernel_backward, refuse_linear_kernel)},
     xla=Implementation("xla", linear_backward),
 )
