@@ -10,7 +10,8 @@ What distinguishes them from plain jnp is what the backward keeps and how it add
 `checkpoint_level` says what is saved and what computed again, ReLU's derivative is kept as bits,
 and the gradient of a residual is added to the product's before it is rounded. Products are those of
 x's type with float32 accumulation; bias and activation are float32. The activation is taken of the
-pre-activation as it is stored, so that a result does not depend on what is computed again.
+pre-activation as it is stored, so that a result does not depend on what is computed again (but
+inside of a product: there of what is not yet rounded).
 """
 
 from __future__ import annotations
