@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from jax_flash import _attention as shared
 from jax_flash._ops import cross_entropy as ops
+from jax_flash._ops import cross_entropy_linear as linear_ops
 from jax_flash._ops._op import is_off, vary_together
 from jax_flash._ops.cross_entropy import CrossEntropyConfig
 
@@ -124,8 +126,75 @@ _logits_statistics = _differentiable(
     ops.cross_entropy_forward, ops.cross_entropy_backward, ops.backward
 )
 _linear_statistics = _differentiable(
-    ops.linear_cross_entropy_forward, ops.linear_cross_entropy_backward, ops.linear_backward
+    linear_ops.linear_cross_entropy_forward,
+    linear_ops.linear_cross_entropy_backward,
+    linear_ops.backward,
 )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_gradients(config, tensors, labels, row_weights):
+    """lse, label_logit, total and the gradients of sum(row_weights * loss): logits made once."""
+    return linear_ops.linear_cross_entropy_gradients(config, *tensors, labels, row_weights)
+
+
+def _linear_gradients_forward(config, *operands):
+    return _linear_gradients(config, *operands), operands
+
+
+def _linear_gradients_backward(config, operands, cotangents):
+    """As of the same numbers made one after the other."""
+    tensors, labels, row_weights = operands
+
+    def one_after_the_other(tensors):
+        statistics, pullback = jax.vjp(lambda x: _linear_statistics(config, x, labels), tensors)
+        (gradients,) = pullback(ops.row_cotangents(config, statistics[0], row_weights))
+        return (*statistics, *gradients)
+
+    _, pullback = jax.vjp(one_after_the_other, tensors)
+    return *pullback(tuple(cotangents)), None, None
+
+
+_linear_gradients.defvjp(_linear_gradients_forward, _linear_gradients_backward)
+
+
+def _weighted_sum(config, statistics, row_weights):
+    statistics = [_unless(row_weights == 0, x) for x in statistics]
+    return jnp.sum(jnp.where(row_weights == 0, 0, row_weights * ops.row_loss(config, statistics)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear_sum(config, with_lse, tensors, labels, row_weights):
+    """sum(row_weights * loss) and [lse]: where gradients are asked for, the forward makes them."""
+    statistics = _linear_statistics(config, tensors, labels)
+    return _weighted_sum(config, statistics, row_weights), statistics[:1] if with_lse else ()
+
+
+def _linear_sum_forward(config, with_lse, tensors, labels, row_weights):
+    tensors, labels, row_weights = (
+        jax.tree.map(lambda x: x.value, x) for x in (tensors, labels, row_weights)
+    )
+    lse, label_logit, total, *gradients = _linear_gradients(config, tensors, labels, row_weights)
+    gradients = [checkpoint_name(x, "cross_entropy_gradients") for x in gradients]
+    loss = _weighted_sum(config, (lse, label_logit, total), row_weights)
+    return (loss, (lse,) if with_lse else ()), (gradients, tensors, labels)
+
+
+def _linear_sum_backward(config, with_lse, residuals, cotangents):
+    gradients, tensors, labels = residuals
+    dloss, of_lse = cotangents
+    if isinstance(dloss, SymbolicZero):
+        of_tensors = [jnp.zeros_like(x) for x in gradients]
+    else:
+        of_tensors = [(dloss * x).astype(x.dtype) for x in gradients]
+    for dlse in of_lse:
+        if not isinstance(dlse, SymbolicZero):  # who uses the lse pays for its gradient
+            _, pullback = jax.vjp(lambda x: _linear_statistics(config, x, labels)[0], tensors)
+            of_tensors = [x + y for x, y in zip(of_tensors, *pullback(dlse), strict=True)]
+    return tuple(map(_sharded_as, of_tensors, tensors)), None, None
+
+
+_linear_sum.defvjp(_linear_sum_forward, _linear_sum_backward, symbolic_zeros=True)
 
 
 # Checks -------------------------------------------------------------------------------------------
@@ -190,36 +259,41 @@ def _loss(
     classes = vocabulary * _devices(axis_name)
     ignored, valid = _rows(labels, ignore_index, classes)
     wide = jnp.promote_types(tensors[0].dtype, jnp.float32)
+    counted = jnp.maximum((~ignored).sum(), 1).astype(wide) if reduction == "mean" else 1
 
     if labels.size == 0:
         lse, loss = jnp.zeros(labels.shape, wide), jnp.zeros(labels.shape, wide)
     else:
         config = CrossEntropyConfig(
-            scale=scale, with_total=smoothing > 0, implementation=implementation, **linear
+            scale=scale,
+            with_total=smoothing > 0,
+            label_smoothing=smoothing,
+            z_loss=z_loss,
+            classes=classes,
+            implementation=implementation,
+            **linear,
         )
         own = jnp.where(valid, labels.astype(jnp.int32), -1)
         own = jnp.where(ignored, ops.IGNORED, own)
+        # A label that is no class makes a mistake that shows.
+        row_weights = jnp.where(valid, 1, jnp.where(ignored, 0, jnp.nan)).astype(wide)
+        # What is ignored leaves before and after each formula that could make NaN of its cotangent.
+        unless_ignored = functools.partial(_unless, ignored)
+        if linear and reduction != "none" and axis_name is None:
+            *tensors, own, row_weights = vary_together(*tensors, own, row_weights / counted)
+            loss, lse = _linear_sum(config, return_lse, tuple(tensors), own, row_weights)
+            return (loss, unless_ignored(*lse)) if return_lse else loss
         if axis_name is not None:
             own = ops.own_labels(own, vocabulary, axis_name)
         *tensors, own = vary_together(*tensors, own)
-        # What is ignored leaves before and after each formula that could make NaN of its cotangent.
-        unless_ignored = functools.partial(_unless, ignored)
         results = [unless_ignored(x) for x in statistics(config, tuple(tensors), own)]
         if axis_name is not None:
             results = [unless_ignored(x) for x in ops.combine(results, axis_name)]
-        lse, label_logit, total = results
-        # Differences first: of few classes they are far smaller than what they are of.
-        loss = lse - label_logit
-        if smoothing:
-            loss = (1 - smoothing) * loss + smoothing * (lse - total / classes)
-        if z_loss:
-            loss = loss + z_loss * lse**2
-        loss = loss * jnp.where(valid | ignored, 1, jnp.nan).astype(wide)
+        lse = results[0]
+        loss = ops.row_loss(config, results) * jnp.where(ignored, 1, row_weights)
 
     if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        loss = loss / jnp.maximum((~ignored).sum(), 1).astype(wide)
+        loss = loss.sum() / counted
     return (loss, lse) if return_lse else loss
 
 
@@ -313,12 +387,15 @@ def linear_softmax_cross_entropy(
 ):
     """`softmax_cross_entropy(hidden @ weight + bias, labels)` that never holds all logits.
 
-    Tokens pass in chunks: their logits, in float32, are made, used and forgotten, once in the
-    forward and once more in the backward, which adds the weight's gradient up in float32. Under
-    `jit`, tokens shard freely: their devices add up the gradients of weight and bias, the only
-    traffic. Where weight and bias are sharded by the vocabulary, devices exchange three or four
-    numbers a token, and add up the gradient of hidden. A sharded D is gathered. `jax.export` needs
-    the number of tokens: it may not be a symbol.
+    Tokens pass in chunks: their logits, in float32, are made, used and forgotten. With a mean or a
+    sum the forward, where it is differentiated, makes the gradients beside the loss, in as many
+    products as with all logits in memory, and keeps them for the backward; a gradient through the
+    lse costs more. With reduction="none", or `axis_name`, the backward makes logits once more.
+    Under `jit`, tokens shard freely: their devices add up the gradients of weight and bias, the
+    only traffic. Where weight and bias are sharded by the vocabulary, devices exchange three or
+    four numbers a token, and add up the gradient of hidden; logits are made twice. A sharded D is
+    gathered. `jax.export` needs the number of tokens: it may not be a symbol. Under
+    `jax.checkpoint`, the name to save is "cross_entropy_gradients", else "cross_entropy_lse".
 
     Args:
       hidden: [*B, D], any number of leading axes; bfloat16, float16, float32, float64.
@@ -326,8 +403,9 @@ def linear_softmax_cross_entropy(
       labels: [*B], integers.
       bias: [V], hidden's dtype.
       {options}
-      chunk_size: at most so many tokens a device has logits of at once; default: what keeps them
-        near 2**26 (256 MiB).
+      chunk_size: at most so many tokens a device has logits, or gradients of logits, of at once.
+        Default: logits, in float32, take 2**28 bytes or what `weight` takes; their gradients, in
+        hidden's dtype, what the weight's gradient takes in float32.
 
     {returns}
     """

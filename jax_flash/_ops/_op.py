@@ -51,6 +51,8 @@ class Signature:
       enter: (operands, cuts) -> a device's operands, where their values count from the call's
         first column; `cuts` are the mesh axes that each cut name lies on.
       join: (results, cuts) -> the call's results, where they are no sums over the devices.
+      instead: (operands, cuts) -> a device's part of the results where, cut so, it is not what the
+        implementation makes of its operands, or None.
     """
 
     operands: tuple[Axes, ...]
@@ -59,6 +61,7 @@ class Signature:
     aliases: dict[str, str]
     enter: Callable[..., Sequence[jax.Array]] | None = None
     join: Callable[..., Sequence[jax.Array]] | None = None
+    instead: Callable[..., Sequence[jax.Array] | None] | None = None
 
 
 class _Cut(NamedTuple):
@@ -136,6 +139,10 @@ class Op:
 
     def __call__(self, config, *operands) -> tuple[jax.Array, ...]:
         return tuple(self.primitive.bind(*vary_together(*operands), config=config))
+
+    def on_this_device(self, config, *operands) -> tuple[jax.Array, ...]:
+        """The call inside the body of another operator, where each device is alone."""
+        return tuple(self._local.bind(*vary_together(*operands), config=config))
 
     def _make(self, name: str) -> extend_core.Primitive:
         primitive = extend_core.Primitive(name)
@@ -277,7 +284,9 @@ class Op:
             ]
             if cuts and signature.enter:
                 full = signature.enter(full, cuts)
-            out = self._local.bind(*vary_together(*full), config=config)
+            out = signature.instead(full, cuts) if cuts and signature.instead else None
+            if out is None:
+                out = self.on_this_device(config, *full)
             if cuts and signature.join:
                 out = signature.join(out, cuts)
             return tuple(out[i] for i in on_results)
