@@ -700,6 +700,32 @@ def test_on_cuda_it_is_two_custom_calls(total):
 
 
 @programs.installed("cuda")
+@pytest.mark.parametrize(
+    "classes,dtype,kernels",
+    [
+        (10, "bfloat16", []),
+        (64, "bfloat16", ["forward"]),
+        (128, "bfloat16", ["forward", "backward"]),
+        (50257, "float32", ["forward", "backward"]),
+        (128256, "float32", ["forward"]),
+    ],
+)
+def test_xla_runs_where_it_is_faster(classes, dtype, kernels):
+    """Unless the kernels are named (docs/kernels/cross_entropy.md)."""
+    arrays = shapes_of(((5, classes), dtype), ((5,), jnp.int32))
+
+    def found(**options):
+        call = functools.partial(jax_flash.softmax_cross_entropy, **options)
+        text = lowered_for_cuda(jax.value_and_grad(call), *arrays)
+        return [
+            target.removeprefix("jax_flash.cross_entropy_") for target, *_ in custom_calls(text)
+        ]
+
+    assert found() == kernels
+    assert found(implementation="cuda") == ["forward", "backward"]
+
+
+@programs.installed("cuda")
 def test_the_linear_form_on_cuda_is_kernels_between_products():
     """A chunk's logits are float32; its gradient goes into the group's, where the others' are."""
     tensors = shapes_of(((24, 18), jnp.bfloat16), ((18, 101), jnp.bfloat16))
