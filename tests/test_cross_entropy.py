@@ -197,6 +197,119 @@ def test_linear(implementation, dtype, case):
         helpers.assert_close(name, *values)
 
 
+MEANS = [("float32", case, r) for case, r in zip(LINEAR, ("mean", "sum") * 2, strict=True)]
+MEANS += [("bfloat16", "remainder", "mean"), ("float16", "one_chunk", "sum")]
+
+
+@pytest.mark.parametrize("dtype,case,reduction", MEANS)
+@pytest.mark.parametrize("of_lse", [False, True])
+def test_linear_means_and_sums(implementation, dtype, case, reduction, of_lse):
+    """The forward makes their gradients; a cotangent of the lse adds its own."""
+    shape, width, vocabulary, chunk, has_bias, options = LINEAR[case]
+    labels = some_labels(0, shape, vocabulary, options.get("ignore_index", IGNORED))
+    tensors = helpers.random(1, dtype, (*shape, width), (width, vocabulary), (vocabulary,))
+    tensors = tensors[: 2 + has_bias]
+    dlse = helpers.random(2, "float32", shape)[0] * of_lse
+    counted = (labels != options.get("ignore_index", IGNORED)).sum() if reduction == "mean" else 1
+    fixed = reference.Options(**options)
+    logits = reference.linear_logits(*tensors)
+    exact = reference.forward(logits, labels, fixed)
+    dlogits = reference.backward(logits, labels, 3 / counted, dlse, fixed)
+    exact_gradients = reference.linear_backward(*tensors[:2], dlogits)
+
+    def of(f):
+        def weighted(*tensors):
+            loss, lse = f(*tensors)
+            return 3 * loss + jnp.sum(dlse * lse) * of_lse, (loss, lse)
+
+        call = jax.grad(weighted, tuple(range(len(tensors))), has_aux=True)
+        return jax.jit(call)(*tensors)
+
+    def plain(hidden, weight, bias=None):
+        loss, lse = plain_linear(hidden, weight, bias, labels, **options)
+        return loss.sum() / counted, lse
+
+    def ours(hidden, weight, bias=None):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, **options)
+        by = dict(reduction=reduction, chunk_size=chunk, implementation=implementation)
+        return call(hidden, weight, labels, bias, return_lse=True, **by)
+
+    plain_gradients, (plain_value, _) = of(plain)
+    gradients, (loss, lse) = of(ours)
+    np.testing.assert_allclose(lse, exact.lse, rtol=1e-5, atol=1e-5)
+    helpers.assert_close("loss", loss, exact.loss.sum() / counted, plain_value)
+    names = ("dhidden", "dweight", "dbias")[: len(tensors)]
+    for name, *values in zip(names, gradients, exact_gradients, plain_gradients, strict=False):
+        assert values[0].dtype == jnp.dtype(dtype)
+        helpers.assert_close(name, *values)
+
+
+@pytest.mark.parametrize("limit", [(5, 1), (8, 8)])
+def test_groups_of_chunks(implementation, limit, monkeypatch):
+    """Some groups, and one, of some chunks, by limits that do not divide the tokens."""
+    from jax_flash._ops import cross_entropy_linear as ops
+
+    monkeypatch.setattr(ops, "_limit", lambda config, weight: limit)
+    (hidden, weight), labels = (normal(0, 83, 18), normal(1, 18, 31)), some_labels(2, (83,), 31)
+    config = ops.of_logits.CrossEntropyConfig(1.0, False)
+    assert ops.groups(config, weight, 83) == ((10, 3, 3) if limit[1] == 1 else (6, 2, 8))
+    assert ops.groups(config, weight, 15) == ((1, 3, 5) if limit[1] == 1 else (1, 2, 8))
+    call = functools.partial(jax_flash.linear_softmax_cross_entropy, implementation=implementation)
+
+    def ours(hidden, weight):
+        return call(hidden, weight, labels, label_smoothing=0.1, z_loss=0.1)
+
+    def plain(hidden, weight):
+        rows, _ = plain_linear(hidden, weight, None, labels, label_smoothing=0.1, z_loss=0.1)
+        return rows.sum() / (labels != IGNORED).sum()
+
+    for tokens in (83, 15):
+        of = functools.partial(jax.value_and_grad, argnums=(0, 1))
+        labels = labels[:tokens]
+        got = jax.jit(of(ours))(hidden[:tokens], weight)
+        assert_close(got, jax.jit(of(plain))(hidden[:tokens], weight))
+
+
+def test_a_scaled_loss_saves_float16_gradients(implementation):
+    """Whose parts, 1 / (tokens * classes) = 2**-24, are as small as a float16 can be."""
+    tokens, classes, scale = 4096, 4096, 2.0**16
+    hidden, weight, labels = (
+        normal(0, tokens, 4),
+        normal(1, 4, classes),
+        some_labels(2, (tokens,), 9),
+    )
+
+    def gradients(dtype):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, label_smoothing=0.5)
+        run = functools.partial(call, labels=labels, implementation=implementation)
+        scaled = jax.grad(lambda *x: scale * run(*x), (0, 1))
+        return jax.jit(scaled)(hidden.astype(dtype), weight.astype(dtype))
+
+    for got, want in zip(gradients(jnp.float16), gradients(jnp.float32), strict=True):
+        error = got.astype(jnp.float32) - want
+        assert jnp.linalg.norm(error) < 5e-3 * jnp.linalg.norm(want)
+
+
+def test_a_mean_makes_its_logits_once():
+    arrays = normal(0, 6, 4), normal(1, 4, 9)
+
+    def primitives(**options):
+        def loss(hidden, weight):
+            call = functools.partial(jax_flash.linear_softmax_cross_entropy, **options)
+            loss, lse = call(hidden, weight, jnp.arange(6), return_lse=True)
+            return loss.sum(), lse
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1), has_aux=True))(*arrays)
+        names = [e.primitive.name for e in equations(jaxpr)]
+        return [n.removeprefix("linear_cross_entropy_") for n in names if n.startswith("linear_")]
+
+    assert primitives() == ["gradients"]
+    assert primitives(reduction="sum") == ["gradients"]
+    assert primitives(reduction="none") == ["forward", "backward"]
+    without = jax.make_jaxpr(jax_flash.linear_softmax_cross_entropy)(*arrays, jnp.arange(6))
+    assert "linear_cross_entropy_gradients" not in str(without)
+
+
 def test_reductions(implementation):
     logits, labels = normal(0, 4, 5, 11), some_labels(1, (4, 5), 11)
     call = functools.partial(jax_flash.softmax_cross_entropy, implementation=implementation)
@@ -431,6 +544,26 @@ def test_second_derivatives(implementation):
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_second_derivatives_of_the_linear_mean(implementation, reduction):
+    """Through the gradients that the forward made, and through the lse beside them."""
+    labels, options = some_labels(0, (6,), 9), dict(label_smoothing=0.2, z_loss=0.1)
+    tensors = normal(2, 6, 4), normal(3, 4, 9), normal(4, 9)
+    by = dict(reduction=reduction, chunk_size=4, implementation=implementation)
+
+    def ours(hidden, weight, bias):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, return_lse=True)
+        loss, lse = call(hidden, weight, labels, bias, **options, **by)
+        return jnp.sin(loss) + jnp.sum(jnp.sin(lse))
+
+    def plain(*tensors):
+        loss, lse = plain_linear(*tensors, labels, **options)
+        loss = loss.sum() / (1 if reduction == "sum" else (labels != IGNORED).sum())
+        return jnp.sin(loss) + jnp.sum(jnp.sin(lse))
+
+    assert_close(hessian_product(ours, tensors), hessian_product(plain, tensors))
+
+
 def test_derivative_by_a_weight_that_is_zero(implementation):
     """A row with cotangent 0 has gradient 0, but the gradient's own derivative is not 0."""
     logits, labels = normal(0, 3, 5), jnp.array([1, 2, 4])
@@ -484,23 +617,49 @@ def test_vmap_of_the_linear_form(implementation, mapped):
     assert_close(gradients(ours), gradients(plain_linear))
 
 
+@pytest.mark.parametrize("mapped", [0, 1, 3, "all"])
+def test_vmap_of_the_linear_mean(implementation, mapped):
+    full = normal(0, 3, 5, 4), normal(1, 3, 4, 7), normal(2, 3, 7), some_labels(3, (3, 5), 7)
+    axes = tuple(0 if mapped in (i, "all") else None for i in range(4))
+    operands = tuple(x if axis == 0 else x[0] for x, axis in zip(full, axes, strict=True))
+
+    def gradients(f):
+        call = jax.value_and_grad(f, (0, 1, 2))
+        return jax.jit(jax.vmap(call, axes))(*operands)
+
+    def ours(hidden, weight, bias, labels):
+        by = dict(chunk_size=2, implementation=implementation)
+        return jax_flash.linear_softmax_cross_entropy(hidden, weight, labels, bias, **by)
+
+    def plain(*operands):
+        return plain_linear(*operands)[0].sum() / (operands[3] != IGNORED).sum()
+
+    assert_close(gradients(ours), gradients(plain))
+
+
 def forwards(jaxpr):
     names = [e.primitive.name for e in equations(jaxpr)]
-    return sum(name.endswith("cross_entropy_forward") for name in names)
+    ours = ("cross_entropy_forward", "cross_entropy_gradients")
+    return sum(name.endswith(ours) for name in names)
 
 
 def test_checkpoint_that_saves_the_lse_has_no_second_forward():
     hidden, weight, labels = normal(0, 6, 4), normal(1, 4, 9), some_labels(2, (6,), 9)
 
-    def gradient(policy):
+    def gradient(policy, reduction):
         @functools.partial(jax.checkpoint, policy=policy)
         def loss(hidden, weight):
-            return jax_flash.linear_softmax_cross_entropy(hidden, weight, labels, z_loss=0.1)
+            call = functools.partial(jax_flash.linear_softmax_cross_entropy, reduction=reduction)
+            return call(hidden, weight, labels, z_loss=0.1).sum()
 
         return jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, weight)
 
-    assert forwards(gradient(checkpoint_policies.nothing_saveable)) == 2
-    assert forwards(gradient(checkpoint_policies.save_only_these_names("cross_entropy_lse"))) == 1
+    named = checkpoint_policies.save_only_these_names
+    assert forwards(gradient(checkpoint_policies.nothing_saveable, "none")) == 2
+    assert forwards(gradient(named("cross_entropy_lse"), "none")) == 1
+    # Of a mean or a sum the forward makes the gradients, and they are what can be saved.
+    assert forwards(gradient(checkpoint_policies.nothing_saveable, "mean")) == 2
+    assert forwards(gradient(named("cross_entropy_gradients"), "mean")) == 1
 
 
 def test_scan(implementation):
@@ -538,6 +697,66 @@ def test_on_cuda_it_is_two_custom_calls(total):
     assert text.count("output_operand_alias<") == 1
     xla = lowered_for_cuda(jax.grad(functools.partial(call, implementation="xla")), *arrays)
     assert custom_calls(xla) == [] and "exponential" in xla
+
+
+@programs.installed("cuda")
+@pytest.mark.parametrize(
+    "classes,dtype,kernels",
+    [
+        (10, "bfloat16", []),
+        (64, "bfloat16", ["forward"]),
+        (128, "bfloat16", ["forward", "backward"]),
+        (50257, "float32", ["forward", "backward"]),
+        (128256, "float32", ["forward"]),
+    ],
+)
+def test_xla_runs_where_it_is_faster(classes, dtype, kernels):
+    """Unless the kernels are named (docs/kernels/cross_entropy.md)."""
+    arrays = shapes_of(((5, classes), dtype), ((5,), jnp.int32))
+
+    def found(**options):
+        call = functools.partial(jax_flash.softmax_cross_entropy, **options)
+        text = lowered_for_cuda(jax.value_and_grad(call), *arrays)
+        return [
+            target.removeprefix("jax_flash.cross_entropy_") for target, *_ in custom_calls(text)
+        ]
+
+    assert found() == kernels
+    assert found(implementation="cuda") == ["forward", "backward"]
+
+
+@programs.installed("cuda")
+def test_the_linear_form_on_cuda_is_kernels_between_products():
+    """A chunk's logits are float32; its gradient goes into the group's, where the others' are."""
+    tensors = shapes_of(((24, 18), jnp.bfloat16), ((18, 101), jnp.bfloat16))
+    call = functools.partial(jax_flash.linear_softmax_cross_entropy, chunk_size=8)
+
+    def calls(**options):
+        f = functools.partial(call, **options)
+        loss = lambda *x: jnp.sum(f(*x, jnp.arange(24)))  # noqa: E731
+        return [lowered_for_cuda(g, *tensors) for g in (loss, jax.grad(loss, (0, 1)))]
+
+    logits, dlogits, row = "8x101xf32", "8x101xbf16", "8xf32"
+    for text in calls(reduction="mean")[1:] + calls(reduction="sum")[1:]:
+        assert "exponential" not in text and "jax_flash.cross_entropy_forward" not in text
+        for target, operands, results in custom_calls(text):
+            assert target == "jax_flash.cross_entropy_gradients"
+            assert operands == [logits, "8xi32", row, "1xi32", "0xbf16"]
+            assert results == [row, row, "0xf32", dlogits]
+    forward, backward = calls(reduction="none")
+    assert {target for target, *_ in custom_calls(forward)} == {"jax_flash.cross_entropy_forward"}
+    by_none = {
+        (target, operands[0], results[-1]) for target, operands, results in custom_calls(backward)
+    }
+    assert ("jax_flash.cross_entropy_backward", logits, dlogits) in by_none
+    # By default the group is all tokens, in one chunk; here of two.
+    text = lowered_for_cuda(
+        jax.grad(functools.partial(jax_flash.linear_softmax_cross_entropy), (0, 1)),
+        *shapes_of(((256, 160), jnp.bfloat16), ((160, 1 << 19), jnp.bfloat16), ((256,), jnp.int32)),
+    )
+    first, others = custom_calls(text)
+    assert first[1][-1] == "0xbf16" and others[1][-1] == others[2][-1] == "256x524288xbf16"
+    assert text.count("output_operand_alias<") == 1
 
 
 @programs.installed("cuda")
@@ -594,15 +813,25 @@ def test_the_linear_form_never_holds_all_logits():
     assert programs.largest_array(compiled.as_text())[0] >= tokens * vocabulary
 
 
-def test_the_default_chunk_is_bounded():
-    from jax_flash._ops import cross_entropy as ops
+def test_chunks_and_groups_are_bounded():
+    """Logits of a chunk: 256 MiB or what the weight has; their gradients: its gradient's sum."""
+    from jax_flash._ops import cross_entropy_linear as ops
+    from jax_flash._ops.cross_entropy import CrossEntropyConfig
 
-    config = ops.CrossEntropyConfig(1.0, False, row_axes=1)
-    for vocabulary in (1, 997, 50257, 128256, 1 << 24):
-        for tokens in (1, 127, 128, 4097, 1 << 20):
-            count, size = ops._chunks(config, vocabulary, tokens)
-            assert (count - 1) * size < tokens <= count * size
-            assert size * vocabulary <= max(ops._CHUNK_LOGITS, 128 * vocabulary)
+    for chunk in (0, 1, 100, 5000):
+        config = CrossEntropyConfig(1.0, False, row_axes=1, chunk=chunk)
+        for width, vocabulary in ((1, 1), (7, 997), (64, 1 << 24), (4096, 50257), (4096, 128256)):
+            weight = jax.ShapeDtypeStruct((width, vocabulary), jnp.bfloat16)
+            limit = chunk or max(ops._CHUNK_LOGITS // vocabulary, width // 2, 128)
+            for tokens in (1, 127, 128, 4097, 8192, 1 << 20):
+                count, size = ops.chunks(config, weight, tokens)
+                assert (count - 1) * size < tokens <= count * size
+                assert size <= limit
+                count, each, size = ops.groups(config, weight, tokens)
+                assert (count - 1) * each * size < tokens <= count * each * size
+                assert size <= limit
+                assert each * size <= (chunk or max(limit, 2 * width) + 128 * each)
+                assert chunk or count > 1 or each * size < max(limit, 2 * width) + 128 * each
 
 
 def test_the_gradient_takes_the_place_of_donated_logits():
@@ -738,6 +967,56 @@ def test_jit_of_the_sharded_linear_form(case):
     if case == "rows":
         forward = functools.partial(linear_rows, chunk_size=3)
         assert run(forward, *arrays)[1] == {}
+
+
+def linear_mean_program(hidden, weight, bias, labels):
+    def loss(hidden, weight, bias):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, chunk_size=3, **CHOSEN)
+        return call(hidden, weight, labels, bias)
+
+    return jax.value_and_grad(loss, (0, 1, 2))(hidden, weight, bias)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("case", LINEAR_CUTS)
+def test_jit_of_the_sharded_linear_mean(case, kind):
+    """Where devices share the vocabulary they agree on the lse before they make gradients."""
+    sizes, rows, weight, bias, crossing = LINEAR_CUTS[case]
+    mesh, operands = mesh_of(*sizes, kind=kind), linear_operands()
+    want = jax.device_get(jax.jit(linear_mean_program)(*operands))
+    with jax.set_mesh(mesh):
+        results, traffic = run(
+            linear_mean_program, *put(mesh, operands, (rows, weight, bias, rows))
+        )
+    assert set(traffic) == {"all-reduce"} and set(traffic["all-reduce"]) <= {*crossing, ()}
+    assert_close(jax.device_get(results), want, 2e-6)
+    for gradient, spec in zip(results[1], (rows, weight, bias), strict=True):
+        assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, spec), gradient.ndim)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_of_the_linear_mean(check_vma):
+    """Tokens of its own on each device, one weight."""
+    mesh, (hidden, weight, bias, labels) = mesh_of(4), linear_operands()
+
+    def body(hidden, weight, bias, labels):
+        loss = linear_mean_program(hidden, weight, bias, labels)[0]
+        return jax.lax.pmean(loss, "a")
+
+    mapped = jax.shard_map(
+        body, mesh=mesh, in_specs=(P("a"), P(), P(), P("a")), out_specs=P(), check_vma=check_vma
+    )
+
+    def whole(hidden, weight, bias):
+        call = functools.partial(jax_flash.linear_softmax_cross_entropy, **CHOSEN)
+        return jnp.mean(jax.vmap(call, (0, None, 0, None))(hidden, weight, labels, bias))
+
+    def sharded(hidden, weight, bias):
+        return mapped(hidden, weight, bias, labels)
+
+    got = jax.jit(jax.value_and_grad(sharded, (0, 1, 2)))(hidden, weight, bias)
+    want = jax.jit(jax.value_and_grad(whole, (0, 1, 2)))(hidden, weight, bias)
+    assert_close(jax.device_get(got), jax.device_get(want), 2e-6)
 
 
 # Specs of hidden, weight, bias where something must be gathered, or cut, before devices can begin.
