@@ -43,8 +43,8 @@ _OPTIONS = """
       axis_name: under shard_map, pmap or vmap: the vocabulary lies on this axis (or these), an
         equal part on each device in the order of their indices; labels count through all of it.
         Not needed under `jit`, which sees the sharding of the arrays.
-      implementation: None picks by platform: "cuda", kernels for float32, float16, bfloat16, or
-        "xla", compiled from jnp, everywhere else.
+      implementation: None picks: on CUDA its kernels, for float32, float16 and bfloat16, where they
+        are the faster ones (not of a few classes); else "xla", compiled from jnp.
 """
 _RETURNS = """
     Returns:
