@@ -401,6 +401,7 @@ def test_table_and_figure_of_operators(tmp_path, monkeypatch):
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention backward"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention forward"),
         ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
+        ("void jax_flash::cross_entropy::backward_kernel<float>", "the rest"),
         ("loop_add_fusion_3", "the rest"),
     ],
 )
