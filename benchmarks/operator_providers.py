@@ -250,8 +250,10 @@ def prepare(provider: str, workload: Workload, data: Data) -> dict[str, Callable
     operands = data.primals, data.cotangent, data.constants
     if library == "torch":
         return providers.prepare_torch(call, *operands)
-    compiled = InPlace if workload.in_place else repeated(workload)
-    return providers.prepare_jax(call, *operands, compiled=compiled)
+    makers = providers.prepare_jax(call, *operands, compiled=repeated(workload))
+    if workload.in_place:
+        makers["backward"] = providers.prepare_jax(call, *operands, compiled=InPlace)["backward"]
+    return makers
 
 
 def repeated(workload: Workload) -> Callable:

@@ -6,10 +6,10 @@
 
 Clock and options are those of benchmarks.run (benchmarks/clock.py). Rows have GB/s of the fewest
 bytes that the operator must move, or TFLOP/s, and stand beside the device's copy and its product of
-matrices in the same run. Arguments that a result may be written over are donated, fresh for every
-launch; operators of less than half a gigabyte run several times in a launch, on arrays of their
-own. The backward is timed alone, from what the forward saved; for plain jnp ("xla") it is the time
-of forward and backward in one program less that of the forward.
+matrices in the same run. Operators of less than half a gigabyte run several times in a launch, on
+arrays of their own. The backward is timed alone, from what the forward saved; where it may write
+its result over that or over the cotangent, a launch is given copies to use up. For plain jnp
+("xla") it is the time of forward and backward in one program less that of the forward.
 """
 
 from __future__ import annotations
@@ -75,19 +75,26 @@ def agreeing(workload: Workload, timed: list[clock.Timed], report) -> list[clock
         return timed
     bound = 1e-5 if workload.dtype == "float32" else 2e-2
     ours = timed[0].provider
-    expected = {e.direction: _samples(e) for e in timed if e.provider == ours}
-    rivals, wrong = set(), set()
+    expected, rivals, wrong = {}, set(), set()
     for entry in timed:
-        if entry.provider == ours or entry.direction not in expected:
+        name, direction = entry.provider, entry.direction
+        try:
+            samples = _samples(entry)
+        except Exception as error:  # one call that cannot run must not end the run
+            report(f"  {name} {direction}: FAILED: {clock.first_line(error)}")
+            wrong.add(name)
             continue
-        rivals.add(entry.provider)
-        pairs = zip(_samples(entry), expected[entry.direction], strict=True)
-        error = max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs)
-        if not error < bound:
-            text = f"{entry.provider} and {ours} differ by {error:.2e} (bound {bound:g})"
-            report(f"  MISMATCH: {entry.direction}: {text}")
-            wrong.add(entry.provider)
-    if rivals and wrong == rivals:
+        if name == ours:
+            expected[direction] = samples
+        elif direction in expected:
+            rivals.add(name)
+            pairs = zip(samples, expected[direction], strict=True)
+            error = max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs)
+            if not error < bound:
+                text = f"{name} and {ours} differ by {error:.2e} (bound {bound:g})"
+                report(f"  MISMATCH: {direction}: {text}")
+                wrong.add(name)
+    if rivals and rivals <= wrong:
         return []
     return [entry for entry in timed if entry.provider not in wrong]
 
@@ -165,11 +172,12 @@ def _run(args, device: str, path) -> int:
             rates = {rate: x / entry.median() for rate, x in done.items() if x is not None}
             rows.write(name, version, entry, **rates)
 
-        for name, provider, call, gigabytes, tflop in ceilings(args.dry):
+        limits = list(ceilings(args.dry))
+        entries = [clock.Timed(provider, "forward", call) for _, provider, call, *_ in limits]
+        clock.time_all(list(entries), args.rounds, args.target, report)
+        for (name, *_, gigabytes, tflop), entry in zip(limits, entries, strict=True):
             report(name)
-            entry = clock.Timed(provider, "forward", call)
-            clock.time_all([entry], args.rounds, args.target, report)
-            write(name, providers.version("jax_flash"), entry, gigabytes, tflop)
+            write(name, providers.library_version("jax"), entry, gigabytes, tflop)
         for index, workload in enumerate(chosen):
             if time.monotonic() - begin > args.budget:
                 report(f"out of time, not measured: {', '.join(w.name for w in chosen[index:])}")

@@ -20,13 +20,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 
 from jax_flash import _attention as shared
+from jax_flash._cross_entropy import linear_statistics, linear_sum, logits_statistics, unless
 from jax_flash._ops import cross_entropy as ops
-from jax_flash._ops import cross_entropy_linear as linear_ops
-from jax_flash._ops._op import is_off, vary_together
+from jax_flash._ops._op import vary_together
 from jax_flash._ops.cross_entropy import CrossEntropyConfig
 
 Implementation = Literal["cuda", "cpu", "xla"] | None
@@ -45,8 +43,8 @@ _OPTIONS = """
       axis_name: under shard_map, pmap or vmap: the vocabulary lies on this axis (or these), an
         equal part on each device in the order of their indices; labels count through all of it.
         Not needed under `jit`, which sees the sharding of the arrays.
-      implementation: None picks by platform: "cuda", kernels for float32, float16, bfloat16, or
-        "xla", compiled from jnp, everywhere else.
+      implementation: None picks: on CUDA its kernels, for float32, float16 and bfloat16, where they
+        are the faster ones (not of a few classes); else "xla", compiled from jnp.
 """
 _RETURNS = """
     Returns:
@@ -68,133 +66,6 @@ def _documented(function):
         "{returns}", _RETURNS.strip()
     )
     return function
-
-
-# The custom VJPs ----------------------------------------------------------------------------------
-
-
-def _sharded_as(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
-    """With explicit axes: an operand that was gathered, or cut, has its gradient put back so."""
-    spec = jax.typeof(primal).sharding.spec
-    same = tuple(jax.typeof(cotangent).sharding.spec) == tuple(spec)
-    return cotangent if same else jax.sharding.reshard(cotangent, spec)
-
-
-def _differentiable(forward: ops.Op, backward: ops.Op, formula: Callable):
-    """statistics(config, tensors, labels) -> lse, label_logit, total: `forward`, with `backward`.
-
-    Differentiable in `tensors` any number of times; `formula` is the backward in jnp.
-    """
-
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def statistics(config, tensors, labels):
-        return forward(config, *tensors, labels)
-
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def gradients(config, tensors, labels, lse, cotangents):
-        return backward(config, *tensors, labels, lse, *cotangents)
-
-    def statistics_forward(config, tensors, labels):
-        # Through `statistics` itself, so that the residual can be differentiated once more.
-        lse, *others = statistics(config, tensors, labels)
-        lse = checkpoint_name(lse, "cross_entropy_lse")
-        return (lse, *others), (tensors, labels, lse)
-
-    def statistics_backward(config, residuals, cotangents):
-        of_tensors = gradients(config, *residuals, tuple(cotangents))
-        return tuple(map(_sharded_as, of_tensors, residuals[0])), None
-
-    def gradients_forward(config, *operands):
-        return gradients(config, *operands), operands
-
-    def gradients_backward(config, operands, cotangents):
-        tensors, labels, *rows = operands
-        _, pullback = jax.vjp(
-            lambda tensors, lse, upstream: formula(config, *tensors, labels, lse, *upstream),
-            tensors,
-            *rows,
-        )
-        of_tensors, *of_rows = pullback(tuple(cotangents))
-        return of_tensors, None, *of_rows
-
-    statistics.defvjp(statistics_forward, statistics_backward)
-    gradients.defvjp(gradients_forward, gradients_backward)
-    return statistics
-
-
-_logits_statistics = _differentiable(
-    ops.cross_entropy_forward, ops.cross_entropy_backward, ops.backward
-)
-_linear_statistics = _differentiable(
-    linear_ops.linear_cross_entropy_forward,
-    linear_ops.linear_cross_entropy_backward,
-    linear_ops.backward,
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_gradients(config, tensors, labels, row_weights):
-    """lse, label_logit, total and the gradients of sum(row_weights * loss): logits made once."""
-    return linear_ops.linear_cross_entropy_gradients(config, *tensors, labels, row_weights)
-
-
-def _linear_gradients_forward(config, *operands):
-    return _linear_gradients(config, *operands), operands
-
-
-def _linear_gradients_backward(config, operands, cotangents):
-    """As of the same numbers made one after the other."""
-    tensors, labels, row_weights = operands
-
-    def one_after_the_other(tensors):
-        statistics, pullback = jax.vjp(lambda x: _linear_statistics(config, x, labels), tensors)
-        (gradients,) = pullback(ops.row_cotangents(config, statistics[0], row_weights))
-        return (*statistics, *gradients)
-
-    _, pullback = jax.vjp(one_after_the_other, tensors)
-    return *pullback(tuple(cotangents)), None, None
-
-
-_linear_gradients.defvjp(_linear_gradients_forward, _linear_gradients_backward)
-
-
-def _weighted_sum(config, statistics, row_weights):
-    statistics = [_unless(row_weights == 0, x) for x in statistics]
-    return jnp.sum(jnp.where(row_weights == 0, 0, row_weights * ops.row_loss(config, statistics)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _linear_sum(config, with_lse, tensors, labels, row_weights):
-    """sum(row_weights * loss) and [lse]: where gradients are asked for, the forward makes them."""
-    statistics = _linear_statistics(config, tensors, labels)
-    return _weighted_sum(config, statistics, row_weights), statistics[:1] if with_lse else ()
-
-
-def _linear_sum_forward(config, with_lse, tensors, labels, row_weights):
-    tensors, labels, row_weights = (
-        jax.tree.map(lambda x: x.value, x) for x in (tensors, labels, row_weights)
-    )
-    lse, label_logit, total, *gradients = _linear_gradients(config, tensors, labels, row_weights)
-    gradients = [checkpoint_name(x, "cross_entropy_gradients") for x in gradients]
-    loss = _weighted_sum(config, (lse, label_logit, total), row_weights)
-    return (loss, (lse,) if with_lse else ()), (gradients, tensors, labels)
-
-
-def _linear_sum_backward(config, with_lse, residuals, cotangents):
-    gradients, tensors, labels = residuals
-    dloss, of_lse = cotangents
-    if isinstance(dloss, SymbolicZero):
-        of_tensors = [jnp.zeros_like(x) for x in gradients]
-    else:
-        of_tensors = [(dloss * x).astype(x.dtype) for x in gradients]
-    for dlse in of_lse:
-        if not isinstance(dlse, SymbolicZero):  # who uses the lse pays for its gradient
-            _, pullback = jax.vjp(lambda x: _linear_statistics(config, x, labels)[0], tensors)
-            of_tensors = [x + y for x, y in zip(of_tensors, *pullback(dlse), strict=True)]
-    return tuple(map(_sharded_as, of_tensors, tensors)), None, None
-
-
-_linear_sum.defvjp(_linear_sum_forward, _linear_sum_backward, symbolic_zeros=True)
 
 
 # Checks -------------------------------------------------------------------------------------------
@@ -278,10 +149,14 @@ def _loss(
         # A label that is no class makes a mistake that shows.
         row_weights = jnp.where(valid, 1, jnp.where(ignored, 0, jnp.nan)).astype(wide)
         # What is ignored leaves before and after each formula that could make NaN of its cotangent.
-        unless_ignored = functools.partial(_unless, ignored)
+        unless_ignored = functools.partial(unless, ignored)
         if linear and reduction != "none" and axis_name is None:
-            *tensors, own, row_weights = vary_together(*tensors, own, row_weights / counted)
-            loss, lse = _linear_sum(config, return_lse, tuple(tensors), own, row_weights)
+            # A float16's exponent has no room for 1 / counted: it comes with the loss's cotangent,
+            # which who computes in float16 scales up.
+            before, after = (1, counted) if tensors[0].dtype == jnp.float16 else (counted, 1)
+            *tensors, own, row_weights = vary_together(*tensors, own, row_weights / before)
+            loss, lse = linear_sum(config, return_lse, tuple(tensors), own, row_weights)
+            loss = loss / after
             return (loss, unless_ignored(*lse)) if return_lse else loss
         if axis_name is not None:
             own = ops.own_labels(own, vocabulary, axis_name)
@@ -295,10 +170,6 @@ def _loss(
     if reduction != "none":
         loss = loss.sum() / counted
     return (loss, lse) if return_lse else loss
-
-
-def _unless(ignored: jax.Array, x: jax.Array) -> jax.Array:
-    return x if is_off(x) else jnp.where(ignored, 0, x)
 
 
 def _rows(labels: jax.Array, ignore_index: Any, classes: int) -> tuple[jax.Array, jax.Array]:
@@ -352,7 +223,7 @@ def softmax_cross_entropy(
     if not rows:  # operands of the primitives have at least one row axis
         logits, labels = logits[None], labels[None]
     loss = _loss(
-        _logits_statistics,
+        logits_statistics,
         (logits,),
         labels,
         vocabulary,
@@ -434,7 +305,7 @@ def linear_softmax_cross_entropy(
     if not rows:
         hidden, labels = hidden[None], labels[None]
     loss = _loss(
-        _linear_statistics,
+        linear_statistics,
         (hidden, weight, bias),
         labels,
         weight.shape[-1],

@@ -12,6 +12,7 @@ import jax_flash
 from benchmarks import (
     clock,
     evidence,
+    fused_model,
     model,
     operator_providers,
     operator_workloads,
@@ -263,6 +264,28 @@ def test_model_trains_and_leaves_rows(tmp_path, capsys, quick_compilation):
     assert len(readme.model(found).splitlines()) == 6  # the model, a gap, four lines of a table
 
 
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_fused_model_is_the_plain_one(dropout, tmp_path, capsys, quick_compilation):
+    """First losses agree, which the run demands, and both rows are there."""
+    path = tmp_path / "fused_model.csv"
+    arguments = ["--tiny", "--rounds", "1", "--steps", "2", "--dropout", dropout]
+    assert fused_model.main([*arguments, "--out", str(path)]) == 0
+    found = rows.ModelRows(path)
+    (name,) = found.names()
+    assert [row["program"] for row in found.latest(name)] == ["jax_flash", "jax_nn_cudnn"]
+    for row in found.latest(name):
+        assert float(row["tokens_per_s"]) > 0 and 0 < float(row["loss"]) < 6
+    assert "times as fast" in capsys.readouterr().out
+    assert len(readme.fused_model(found).splitlines()) == 6
+    assert ("dropout" in name) == (dropout != "0")
+
+
+def test_fused_model_refuses_another_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fused_model, "fused_head", lambda *args: 2 * fused_model.plain_head(*args))
+    assert fused_model.main(["--tiny", "--out", str(tmp_path / "rows.csv")]) == 1
+    assert "not the same model" in capsys.readouterr().err
+
+
 OPERATORS = {  # what differs by more than its size
     tuple(workload.name.split("/")[:2]) + (workload.dropout_rate,): name
     for name, workload in operator_workloads.WORKLOADS.items()
@@ -327,6 +350,17 @@ def test_launches_in_place_take_fresh_copies():
     assert not dout.is_deleted() and not x.is_deleted()
 
 
+def test_what_waits_takes_bounded_memory(monkeypatch):
+    """Launches go ahead of the device as far as their results may take memory."""
+    results = jax.numpy.ones((64, 1024))
+    entry = clock.Timed("xla", "forward", lambda: results, launches=40)
+    entry.burst()
+    assert entry.waiting == 32
+    monkeypatch.setattr(clock, "_WAITING_BYTES", 8 * results.nbytes)
+    entry.burst()
+    assert entry.waiting == 8 and len(entry.seconds) == 2
+
+
 def test_table_and_figure_of_operators(tmp_path, monkeypatch):
     """Ours and its ceiling are of one run; a rival ahead shows as a ratio below 1."""
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
@@ -367,6 +401,7 @@ def test_table_and_figure_of_operators(tmp_path, monkeypatch):
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention backward"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention forward"),
         ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
+        ("void jax_flash::cross_entropy::backward_kernel<float>", "the rest"),
         ("loop_add_fusion_3", "the rest"),
     ],
 )

@@ -91,11 +91,13 @@ class Implementation:
       name: "cuda", "cpu" or "xla".
       run: (config, *operands) -> results.
       refuse: (config, *operands) -> the reason why it cannot serve this call, or None.
+      slower: (config, *operands) -> XLA's form is faster; it runs where nobody names this one.
     """
 
     name: str
     run: Callable[..., Sequence[jax.Array]]
     refuse: Callable[..., str | None] = lambda *_: None
+    slower: Callable[..., bool] = lambda *_: False
 
 
 def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -359,6 +361,8 @@ class Op:
                 f"{platform!r}"
             )
         reason = native.refuse(config, *operands)
+        if reason is None and asked is None and native.slower(config, *operands):
+            return self._xla.run(config, *operands)
         if reason is None:
             return native.run(config, *operands)
         if asked is not None:

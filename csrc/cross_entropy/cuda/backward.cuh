@@ -31,13 +31,13 @@ __device__ __forceinline__ int64_t first_result_row(const BackwardParams& p) {
 }
 
 template <typename Element, typename Result, int kThreads, int kUnroll, int kBlocks>
-__global__ void __launch_bounds__(kThreads == 32 ? 256 : kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBlocks)
     backward_kernel(const __grid_constant__ BackwardParams p) {
   constexpr int kSize = 16 / sizeof(Element);
   using ResultVector = device::Vector<Result, kSize>;
 
   const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kThreads == 32 ? blockDim.y : 1) + threadIdx.y;
+      static_cast<int64_t>(blockIdx.x) * (kThreads <= 32 ? blockDim.y : 1) + threadIdx.y;
   if (row >= p.rows) return;
   const int64_t first = row * p.vocabulary;
   const Element* logits = static_cast<const Element*>(p.logits) + first;
