@@ -1,6 +1,6 @@
 """Draws figures from the committed rows: TFLOP/s over the sequence length, and ratios to rivals.
 
-python -m benchmarks.plot      # benchmarks/results/<device>/{grid,ratios}.png
+python -m benchmarks.plot      # benchmarks/results/<device>/{grid,ratios,operators}.png
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from benchmarks.rows import LABELS, OTHER_LABELS, Rows, load_all
+from benchmarks.rows import LABELS, OTHER_LABELS, Rows, load_all, load_operators
 from benchmarks.workloads import WORKLOADS
 
 COLORS = {
@@ -24,6 +24,11 @@ COLORS = {
     "torch_flash": "#1e8449",
     "torch_cudnn": "#7d3c98",
     "flash_attention_3": "#17202a",
+    "xla": "#7f8c8d",
+    "torch_compile": "#1e8449",
+    "tokamax": "#2471a3",
+    "liger": "#7d3c98",
+    "quack": "#17202a",
 }
 DIRECTIONS = ("forward", "backward")
 
@@ -113,12 +118,53 @@ def ratios(rows: Rows) -> None:
     pyplot.close(figure)
 
 
+def operators(rows: Rows) -> None:
+    """Bars, a panel a direction and unit: what each provider reaches, beside the ceiling."""
+    kinds = [("GB/s", rows.gbs, "a copy"), ("TFLOP/s", rows.tflops, "a bare product")]
+    kinds = [kind for kind in kinds if any(kind[1].values())]
+    named = [
+        list(dict.fromkeys(n for (n, _), row in rates.items() if row)) for _, rates, _ in kinds
+    ]
+    found = [provider for provider in LABELS if any(provider in row for row in rows.ms.values())]
+    figure, axes = pyplot.subplots(
+        len(kinds),
+        2,
+        figsize=(11, 2 + 0.11 * sum(map(len, named)) * (len(found) + 1)),
+        height_ratios=[len(names) + 1 for names in named],
+        squeeze=False,
+    )
+    width = 1 / (len(found) + 1)
+    for line, (unit, rates, limit), names in zip(axes, kinds, named, strict=True):
+        for axis, direction in zip(line, DIRECTIONS, strict=True):
+            for offset, provider in enumerate(found):
+                values = [rates.get((name, direction), {}).get(provider, 0) for name in names]
+                places = [i + (offset - (len(found) - 1) / 2) * width for i in range(len(names))]
+                axis.barh(places, values, width, color=COLORS[provider], label=LABELS[provider])
+            ceilings = [rows.ceiling_beside(name, direction) for name in names]
+            for i, ceiling in enumerate(ceilings):
+                if ceiling:
+                    axis.plot((ceiling, ceiling), (i - 0.5, i + 0.5), color="black", linewidth=0.8)
+            axis.set_title(f"{direction}, {unit}; the line is {limit} in the same run", fontsize=9)
+            axis.set_yticks(range(len(names)), names if axis is line[0] else [], fontsize=7)
+            axis.invert_yaxis()
+            axis.margins(y=0.01)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(found), frameon=False, fontsize=8)
+    figure.suptitle(f"Fused operators, {rows.device}, {rows.dates[-1]}", fontsize=10)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(rows.path.with_name("operators.png"), dpi=110)
+    pyplot.close(figure)
+
+
 def main() -> int:
     for rows in load_all():
         if any(name.startswith("grid/") for name, _ in rows.ms):
             grid(rows)
         ratios(rows)
         print(f"drawn: {rows.path.parent}")
+    for rows in load_operators():
+        operators(rows)
+        print(f"drawn: {rows.path}")
     return 0
 
 

@@ -83,27 +83,39 @@ def jax_nn_call(workload: Workload, implementation: str) -> Callable:
     )
 
 
-def prepare_jax(call: Callable, q, k, v, dout) -> dict[str, Callable]:
-    """Direction -> a jitted call without arguments, compiled now."""
+def prepare_jax(call: Callable, primals, dout, constants=(), compiled=None) -> dict[str, Callable]:
+    """Direction -> a jitted call without arguments, compiled now.
 
-    def compiled(function, *args):
-        executable = jax.jit(function).lower(*args).compile()
-        return lambda: executable(*args)
+    Args:
+      call: of (*primals, *constants); differentiated by the primals.
+      dout: the cotangent of what it returns.
+      compiled: (function, arguments) -> the call without arguments; None: jax.jit's.
+    """
+    compiled = compiled or compiled_with
 
-    def both(q, k, v, dout):
-        out, vjp = jax.vjp(call, q, k, v)
+    def pullback(primals, constants):
+        return jax.vjp(lambda *x: call(*x, *constants), *primals)
+
+    def both(primals, constants, dout):
+        out, vjp = pullback(primals, constants)
         return out, *vjp(dout)
 
     def backward():
         # The residuals are made once and are arguments of the timed function.
-        _, vjp = jax.block_until_ready(jax.jit(lambda q, k, v: jax.vjp(call, q, k, v))(q, k, v))
+        _, vjp = jax.block_until_ready(jax.jit(pullback)(primals, constants))
         return compiled(lambda vjp, dout: vjp(dout), vjp, dout)
 
     return {
-        "forward": lambda: compiled(call, q, k, v),
+        "forward": lambda: compiled(call, *primals, *constants),
         "backward": backward,
-        "forward_backward": lambda: compiled(both, q, k, v, dout),
+        "forward_backward": lambda: compiled(both, primals, constants, dout),
     }
+
+
+def compiled_with(function, *args) -> Callable:
+    """`function` jitted for these arguments, as a function of none."""
+    executable = jax.jit(function).lower(*args).compile()
+    return lambda: executable(*args)
 
 
 # ---- torch
@@ -158,31 +170,31 @@ def torch_call(workload: Workload, backend: str) -> Callable:
     return call
 
 
-def prepare_torch(call: Callable, q, k, v, dout) -> dict[str, Callable]:
+def prepare_torch(call: Callable, primals, dout, constants=()) -> dict[str, Callable]:
+    """As `prepare_jax`, on the very same random data, shared and not copied."""
     import torch
 
-    # The very same random data, shared and not copied; leaves of autograd's graph.
-    q, k, v, dout = (torch.from_dlpack(x) for x in (q, k, v, dout))
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    primals, dout, constants = jax.tree.map(torch.from_dlpack, (primals, dout, constants))
+    leaves = [x.detach().requires_grad_() for x in primals]  # of autograd's graph
 
     def forward():
         def run():
             with torch.no_grad():
-                return call(q, k, v)
+                return call(*primals, *constants)
 
         return run
 
     def backward():
-        out = call(*leaves)
+        out = call(*leaves, *constants)
         return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
     def both():
-        return lambda: torch.autograd.grad(call(*leaves), leaves, dout)
+        return lambda: torch.autograd.grad(call(*leaves, *constants), leaves, dout)
 
     return {"forward": forward, "backward": backward, "forward_backward": both}
 
 
-def _version(module: str) -> str:
+def library_version(module: str) -> str:
     import importlib
 
     return f"{module} {importlib.import_module(module).__version__}"
@@ -235,11 +247,13 @@ def prepare(provider: str, workload: Workload, data) -> dict[str, Callable]:
         call = make(workload)
     except ImportError as error:
         raise Unsupported(str(error)) from error
-    return (prepare_jax if library == "jax" else prepare_torch)(call, *data)
+    *primals, dout = data
+    return (prepare_jax if library == "jax" else prepare_torch)(call, primals, dout)
 
 
-def synchronise(provider: str, result) -> None:
-    if PROVIDERS[provider][0] == "jax":
+def synchronise(result) -> None:
+    """Waits for a call's result: JAX's arrays, or torch's tensors."""
+    if any(isinstance(x, jax.Array) for x in jax.tree.leaves(result)):
         jax.block_until_ready(result)
     elif jax.default_backend() == "gpu":
         import torch
@@ -248,4 +262,4 @@ def synchronise(provider: str, result) -> None:
 
 
 def version(provider: str) -> str:
-    return _version(PROVIDERS[provider][0])
+    return library_version(PROVIDERS[provider][0])

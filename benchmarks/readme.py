@@ -14,8 +14,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from benchmarks import evidence
-from benchmarks.rows import LABELS, ModelRows, Rows, load_all, load_models
+from benchmarks import evidence, operator_workloads
+from benchmarks.rows import LABELS, ModelRows, Rows, load_all, load_models, load_operators
 from benchmarks.workloads import WORKLOADS, Workload
 
 README = evidence.ROOT / "README.md"
@@ -188,6 +188,29 @@ def model(rows: ModelRows) -> str:
     return rows.latest()[0]["model"] + ":\n\n" + _table(header, lines)
 
 
+_PROGRAMS = {"jax_flash": "fused layers", "jax_nn_cudnn": "plain Flax, jax.nn's cuDNN attention"}
+
+
+def fused_model(rows: ModelRows) -> str:
+    """A training step of the fused layers and of plain Flax, model by model."""
+    parts = []
+    for name in rows.names():
+        latest = rows.latest(name)
+        times = {row["program"]: float(row["step_ms"]) for row in latest}
+        lines = []
+        for row in latest:
+            cells = [_PROGRAMS[row["program"]], f"{float(row['step_ms']):.1f}"]
+            cells.append(f"{times['jax_nn_cudnn'] / float(row['step_ms']):.2f}x")
+            cells += [f"{float(row['tokens_per_s']):.0f}", f"{float(row['memory_gb']):.1f}"]
+            inside = [row[f"step_{kind}_ms"] for kind in ("attention", "products", "rest")]
+            cells += [f"{float(value):.1f}" if value else "" for value in inside]
+            lines.append(cells)
+        header = ["program", "ms a step", "speed", "tokens/s", "memory, GB"]
+        header += [f"in the step: {kind}" for kind in ("attention", "products", "rest")]
+        parts.append(f"{name}:\n\n" + _table(header, lines))
+    return "\n".join(parts)
+
+
 def options(rows: Rows, groups: Sequence[str]) -> str:
     """Milliseconds of single workloads, the measured directions side by side: ours and rivals'."""
     keys = [key for key in rows.ms if key[0].split("/")[0] in groups]
@@ -209,6 +232,32 @@ def options(rows: Rows, groups: Sequence[str]) -> str:
     return _table([header, *(LABELS[provider] for provider in names)], lines) + "\n"
 
 
+def operators(rows: Rows) -> str:
+    """GB/s or TFLOP/s of every operator, beside the ceiling of its run, XLA and the best rival."""
+    lines = []
+    for name in operator_workloads.WORKLOADS:
+        for direction in ("forward", "backward"):
+            rates, ceiling = rows.rate(name, direction), rows.ceiling_beside(name, direction)
+            ours = rates.get("jax_flash")
+            if ours is None:
+                continue
+            unit = "GB/s" if rows.gbs.get((name, direction)) else "TFLOP/s"
+            share = f"{100 * ours / ceiling:.0f}%" if ceiling else ""
+            over_xla = rows.ratio(name, direction, "xla")
+            best = rows.best_rival(name, direction)
+            cells = [f"`{name}`", direction, f"{ours:.0f} {unit}", share]
+            cells.append(f"{over_xla:.2f}x" if over_xla else "")
+            cells.append(f"{best[1]:.2f}x {best[0]}" if best else "")
+            lines.append(cells)
+    header = ["operator", "direction", "jax_flash", "of the ceiling"]
+    return _table([*header, "over XLA", "over the fastest rival"], lines)
+
+
+def fused_operators() -> str:
+    parts = [_caption(rows) + operators(rows) for rows in load_operators()]
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
 def attention_gpu() -> str:
     parts = []
     for rows in load_all():
@@ -220,6 +269,11 @@ def attention_gpu() -> str:
 
 def models() -> str:
     parts = [_caption(rows) + model(rows) for rows in load_models()]
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+def fused_models() -> str:
+    parts = [_caption(rows) + fused_model(rows) for rows in load_models("fused_model.csv")]
     return "\n".join(parts) or "Not measured yet.\n"
 
 
@@ -264,8 +318,10 @@ def soak() -> str:
 TABLES = {
     "attention-gpu": attention_gpu,
     "attention-cpu": attention_cpu,
+    "fused-model": fused_models,
     "gpu-tests": gpu_tests,
     "model": models,
+    "operators": fused_operators,
     "soak": soak,
 }
 

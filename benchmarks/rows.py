@@ -15,6 +15,11 @@ LABELS = {
     "jax_nn_cudnn": "jax.nn, cuDNN",
     "torch_flash": "torch, flash",
     "torch_cudnn": "torch, cuDNN",
+    "xla": "XLA, plain jnp",
+    "torch_compile": "torch.compile",
+    "tokamax": "tokamax",
+    "liger": "Liger",
+    "quack": "QuACK",
 }
 # Rivals that run in no JAX program: their lead over jax.nn's cuDNN, measured elsewhere.
 OTHER_LABELS = {
@@ -23,13 +28,14 @@ OTHER_LABELS = {
     "tokamax": "tokamax",
 }
 CEILING = "ceiling/matmul8192"  # what the device's matrix units do in the same run
+COPY_CEILING = "ceiling/copy"  # bytes read and written by a large copy
 
 
 class Rows:
     """`ms[workload, direction][provider]`, and where and when it was measured.
 
     Of each workload and direction that is the latest run with rivals, or where none has any, the
-    latest run.
+    latest run. `tflops` and `gbs` are alike, where the rows have them.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -44,15 +50,19 @@ class Rows:
             runs.setdefault(row["run"], {})[row["provider"]] = row
         self.ms: dict[tuple[str, str], dict[str, float]] = {}
         self.tflops: dict[tuple[str, str], dict[str, float]] = {}
+        self.gbs: dict[tuple[str, str], dict[str, float]] = {}
+        self._run: dict[tuple[str, str], str] = {}
         kept = []
         for key, runs in self._runs.items():
             ours = [run for run, found in runs.items() if "jax_flash" in found]
             if not ours:
                 continue
-            found = runs[max(ours, key=lambda run: (_has_rivals(runs[run]), run))]
+            self._run[key] = max(ours, key=lambda run: (_has_rivals(runs[run]), run))
+            found = runs[self._run[key]]
             kept += found.values()
-            self.ms[key] = {provider: float(row["ms"]) for provider, row in found.items()}
-            self.tflops[key] = {provider: float(row["tflops"]) for provider, row in found.items()}
+            self.ms[key] = _column(found, "ms")
+            self.tflops[key] = _column(found, "tflops")
+            self.gbs[key] = _column(found, "gbs")
         self.dates = sorted({row["date"] for row in kept})
         self.sources = sorted({row["source"] for row in kept})
         self.versions = sorted({row["version"] for row in kept})
@@ -101,9 +111,21 @@ class Rows:
         runs = self._runs.get((CEILING, "forward"), {})
         return float(runs[max(runs)]["jax_matmul"]["tflops"]) if runs else None
 
+    def ceiling_beside(self, workload: str, direction: str) -> float | None:
+        """Of the device, in the run of this workload: GB/s of a copy, or TFLOP/s of a product."""
+        key = workload, direction
+        name, column = (COPY_CEILING, "gbs") if self.gbs.get(key) else (CEILING, "tflops")
+        found = self._runs.get((name, "forward"), {}).get(self._run.get(key, ""), {})
+        return next(iter(_column(found, column).values()), None)
+
+    def rate(self, workload: str, direction: str) -> dict[str, float]:
+        """Provider -> GB/s, or TFLOP/s where arithmetic is what counts."""
+        key = workload, direction
+        return self.gbs.get(key) or self.tflops.get(key, {})
+
 
 class ModelRows:
-    """The rows of benchmarks/model.py."""
+    """The rows of benchmarks/model.py, or of fused_model.py."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -113,10 +135,19 @@ class ModelRows:
         self.dates = sorted({row["date"] for row in self.latest()})
         self.versions = sorted({row["version"] for row in self.latest()})
 
-    def latest(self) -> list[dict]:
-        """The rows of the latest run."""
-        run = max(row["run"] for row in self.rows)
-        return [row for row in self.rows if row["run"] == run]
+    def latest(self, name: str | None = None) -> list[dict]:
+        """The rows of the latest run, or of the latest one of the model called so."""
+        rows = [row for row in self.rows if name in (None, row["model"])]
+        run = max(row["run"] for row in rows)
+        return [row for row in rows if row["run"] == run]
+
+    def names(self) -> list[str]:
+        """Models, in the order in which they were first measured."""
+        return list(dict.fromkeys(row["model"] for row in self.rows))
+
+
+def _column(found: dict[str, dict], name: str) -> dict[str, float]:
+    return {provider: float(row[name]) for provider, row in found.items() if row.get(name)}
 
 
 def _has_rivals(found: dict[str, dict]) -> bool:
@@ -140,6 +171,12 @@ def load_all() -> list[Rows]:
     return [rows for rows in found if rows.ms]
 
 
-def load_models() -> list[ModelRows]:
+def load_operators() -> list[Rows]:
+    """Every device's rows of the fused operators, in folder order."""
+    found = [Rows(path) for path in sorted(evidence.RESULTS.glob("*/operators.csv"))]
+    return [rows for rows in found if rows.ms]
+
+
+def load_models(file: str = "model.csv") -> list[ModelRows]:
     """Every device's rows of the model benchmark, in folder order."""
-    return [ModelRows(path) for path in sorted(evidence.RESULTS.glob("*/model.csv"))]
+    return [ModelRows(path) for path in sorted(evidence.RESULTS.glob(f"*/{file}"))]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+from typing import Any
 
 import numpy as np
 
@@ -224,19 +225,19 @@ def _all() -> list[Workload]:
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _all()}
 
 
-def select(patterns: str) -> list[Workload]:
-    """The workloads whose name matches any of the comma-separated shell patterns, in list order.
+def select(patterns: str, among: dict[str, Any] = WORKLOADS) -> list[Any]:
+    """Those of `among` whose name matches any of the comma-separated shell patterns, in its order.
 
     Raises:
       ValueError: a pattern matches nothing.
     """
-    chosen = {}
+    chosen = set()
     for pattern in patterns.split(","):
-        names = fnmatch.filter(WORKLOADS, pattern)
+        names = fnmatch.filter(among, pattern)
         if not names:
             raise ValueError(f"no workload matches {pattern!r}; see --list")
-        chosen.update(dict.fromkeys(names))
-    return [WORKLOADS[name] for name in WORKLOADS if name in chosen]
+        chosen.update(names)
+    return [workload for name, workload in among.items() if name in chosen]
 
 
 def with_twins(chosen: list[Workload]) -> list[Workload]:

@@ -16,9 +16,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_flash._attention import refuse
+from jax_flash._ops.dense import affine
 from jax_flash.attention import attention, attention_kvpacked, attention_qkvpacked
 from jax_flash.rotary import RotaryTable, apply_rotary, apply_rotary_qkvpacked
-from jax_flash.varlen import varlen_attention_kvpacked, varlen_attention_qkvpacked
+from jax_flash.varlen import (
+    varlen_attention,
+    varlen_attention_kvpacked,
+    varlen_attention_qkvpacked,
+)
 
 BlockLayout = Callable[[int, int], ArrayLike]
 
@@ -52,6 +57,13 @@ def check_heads(num_heads: int, num_kv_heads: int | None, qkv_features: int) -> 
     if qkv_features % num_heads != 0:
         refuse("qkv_features", f"a multiple of num_heads = {num_heads}", qkv_features)
     return num_kv_heads, qkv_features // num_heads
+
+
+def check_cu_seqlens(cu_seqlens: jax.Array | None, **others: Any) -> None:
+    """Raises ValueError for what says again, or otherwise, which rows belong together."""
+    for name, given in others.items() if cu_seqlens is not None else ():
+        if given is not None:
+            refuse(name, "None with cu_seqlens (self-attention)", "an array")
 
 
 def check_inputs(
@@ -212,9 +224,105 @@ def flax_attention(
     )
 
 
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    cu_seqlens: jax.Array | None,
+    seq_lengths: tuple[jax.Array | None, jax.Array | None],
+    options: dict,
+) -> jax.Array:
+    """MultiHeadAttention's call, of queries, keys and values that are apart."""
+    if cu_seqlens is not None:
+        return varlen_attention(query, key, value, cu_seqlens, **options)
+    lengths = dict(query_seq_lengths=seq_lengths[0], key_value_seq_lengths=seq_lengths[1])
+    return attention(query, key, value, bias, as_bool(mask), **lengths, **options)
+
+
+def attend_packed(
+    qkv: jax.Array,
+    cu_seqlens: jax.Array | None,
+    seq_lengths: tuple[jax.Array | None, jax.Array | None],
+    options: dict,
+) -> jax.Array:
+    """The same of one array [*B, T, 3, N, H], read where it lies, with one packed gradient."""
+    if cu_seqlens is not None:
+        return varlen_attention_qkvpacked(qkv, cu_seqlens, **options)
+    lengths = dict(query_seq_lengths=seq_lengths[0], key_value_seq_lengths=seq_lengths[1])
+    return attention_qkvpacked(qkv, **lengths, **options)
+
+
+def project_packed(inputs: jax.Array, kernels: list, biases: list) -> jax.Array:
+    """The three projections of self-attention as one product: [*B, T, D] -> [*B, T, 3, N, H].
+
+    Args:
+      kernels: of queries, keys and values, [D, N, H] each, inputs' type.
+      biases: [N, H] each, or None.
+    """
+    kernel = jnp.stack(kernels, 1)
+    bias = None if biases[0] is None else jnp.stack(biases)
+    if jax.device_count() == 1:
+        bias = None if bias is None else bias.reshape(-1)
+        qkv = affine(inputs, kernel.reshape(kernel.shape[0], -1), bias)
+        return qkv.reshape(*inputs.shape[:-1], *kernel.shape[1:])
+    # The axes stay apart, so that heads which devices share need no gathering.
+    qkv = jnp.einsum("...d,dcnh->...cnh", inputs, kernel)
+    return qkv if bias is None else qkv + bias
+
+
 def as_bool(mask: ArrayLike | None) -> jax.Array | None:
     """Flax's mask helpers return 0.0 and 1.0 by default; attention takes bool."""
     return None if mask is None else jnp.asarray(mask).astype(bool)
+
+
+def rotate(
+    rotary: Any, query: jax.Array, key: jax.Array, implementation: str | None, places: dict
+) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys turned by a RotaryTable or a RotaryEmbedding layer; None: as they are.
+
+    Args:
+      places: positions, offsets, cu_seqlens, as in `jax_flash.apply_rotary`.
+    """
+    if rotary is None:
+        return query, key
+    if not isinstance(rotary, RotaryTable):
+        return rotary(query, key, **places)
+    places = places | dict(implementation=_table_implementation(implementation))
+    return apply_rotary(query, rotary, **places), apply_rotary(key, rotary, is_key=True, **places)
+
+
+def rotate_packed(
+    rotary: Any, qkv: jax.Array, implementation: str | None, places: dict
+) -> jax.Array:
+    """The same inside packed qkv [*B, T, 3, N, H]."""
+    if rotary is None:
+        return qkv
+    if not isinstance(rotary, RotaryTable):
+        return rotary.packed(qkv, **places)
+    implementation = _table_implementation(implementation)
+    return apply_rotary_qkvpacked(qkv, rotary, implementation=implementation, **places)
+
+
+def _table_implementation(implementation: str | None) -> str | None:
+    """Of the rotation in a layer whose attention runs by `implementation`."""
+    return "xla" if implementation == "xla" else None
+
+
+def check_rotary(rotary: Any, head_dim: int, positions: Any, offsets: Any) -> None:
+    """Raises for what is neither kind of table, is too wide, or for places without any."""
+    if rotary is None:
+        for name, given in (("positions", positions), ("offsets", offsets)):
+            if given is not None:
+                refuse(name, "None without rotary", "an array")
+        return
+    if not isinstance(rotary, (RotaryTable, RotaryCalls)):
+        got = type(rotary).__name__
+        refuse("rotary", "a RotaryTable, a RotaryEmbedding or None", got, TypeError)
+    dim = rotary.dim if isinstance(rotary, RotaryCalls) else 2 * jnp.shape(rotary.cos)[-1]
+    if dim > head_dim:
+        refuse("rotary", f"at most {head_dim} turned elements, the head dim", dim)
 
 
 class RotaryCalls:

@@ -35,8 +35,9 @@ _ROTARY_OPTIONS = """positions: int [T] or [*B, T] (or 1 on any batch axis): the
         int, int [sequences] or [*B, sequences]. Wrong values are clamped as there.
       conjugate: turn back: the inverse, where the table has no xPos scale, and always the
         transpose.
-      implementation: None picks by platform when the program is lowered; today "xla", compiled
-        from jnp, is the only one there is. Naming another raises.
+      implementation: None picks by platform when the program is lowered: "cuda", kernels for NVIDIA
+        GPUs, for interleaved tables and for packed arrays, or else "xla", compiled from jnp, which
+        is the faster one for halves. Naming one that is not there raises.
 
     Rows at negative positions, and rows that no sequence owns, are copied. Where a position is
     known to be beyond the table, the call raises; where only the device knows, what would be turned
@@ -306,7 +307,7 @@ def apply_rotary(
 
     {raises}
     """
-    shared.check_implementation(implementation, "rotary", ())
+    shared.check_implementation(implementation, "rotary", ("cuda",))
     x = shared.as_tensor("x", x, 3)
     is_key = shared.static_flag("is_key", is_key)
     conjugate = shared.static_flag("conjugate", conjugate)
@@ -328,7 +329,8 @@ def apply_rotary_qkvpacked(
 ) -> jax.Array:
     """`apply_rotary` of the queries and keys inside packed `qkv`; the values are copied.
 
-    One array comes and one goes, also backward: a donated `qkv` may be overwritten.
+    One array comes and one goes, also backward: the CUDA kernel writes over `qkv`, where the
+    program does not need it again (XLA copies it first otherwise), and leaves the values alone.
 
     Args:
       qkv: [*B, T, 3, N, H]: queries, keys, values; R <= H.
@@ -340,7 +342,7 @@ def apply_rotary_qkvpacked(
 
     {raises}
     """
-    shared.check_implementation(implementation, "rotary", ())
+    shared.check_implementation(implementation, "rotary", ("cuda",))
     qkv = shared.as_tensor("qkv", qkv, 4)
     if qkv.shape[-3] != 3:
         shared.refuse("qkv", "[*B, T, 3, N, H]", f"shape {qkv.shape}")

@@ -25,8 +25,8 @@ from jax_flash._ops.softmax import SoftmaxConfig, softmax_backward, softmax_forw
 from jax_flash.attention import Implementation, _documented
 
 _SOFTMAX_OPTIONS = """scale: factor on the scores, a Python float.
-      implementation: None picks by platform when the program is lowered; today "xla", compiled
-        from jnp, is the only one there is. Naming another raises."""
+      implementation: None picks by platform when the program is lowered: "cuda", kernels for NVIDIA
+        GPUs, or else "xla", compiled from jnp. Naming one that is not there raises."""
 
 
 # The custom VJP ----------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def scaled_masked_softmax(
 
     {raises}
     """
-    shared.check_implementation(implementation, "softmax", ())
+    shared.check_implementation(implementation, "softmax", ("cuda",))
     scores = shared.as_tensor("scores", scores, 2)
     config = SoftmaxConfig(_static_scale(scale), implementation)
     mask = _mask_operand(mask, scores.shape)
@@ -157,7 +157,7 @@ def scaled_causal_softmax(
 
     {raises}
     """
-    shared.check_implementation(implementation, "softmax", ())
+    shared.check_implementation(implementation, "softmax", ("cuda",))
     scores = shared.as_tensor("scores", scores, 2)
     shared.check_sizes(*scores.shape[-2:])
     config = SoftmaxConfig(_static_scale(scale), implementation)

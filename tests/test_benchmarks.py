@@ -9,7 +9,21 @@ import numpy as np
 import pytest
 
 import jax_flash
-from benchmarks import evidence, model, providers, readme, rows, run, workloads
+from benchmarks import (
+    clock,
+    evidence,
+    fused_model,
+    model,
+    operator_providers,
+    operator_workloads,
+    operators,
+    plot,
+    providers,
+    readme,
+    rows,
+    run,
+    workloads,
+)
 from benchmarks.workloads import WORKLOADS
 
 
@@ -250,6 +264,135 @@ def test_model_trains_and_leaves_rows(tmp_path, capsys, quick_compilation):
     assert len(readme.model(found).splitlines()) == 6  # the model, a gap, four lines of a table
 
 
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_fused_model_is_the_plain_one(dropout, tmp_path, capsys, quick_compilation):
+    """First losses agree, which the run demands, and both rows are there."""
+    path = tmp_path / "fused_model.csv"
+    arguments = ["--tiny", "--rounds", "1", "--steps", "2", "--dropout", dropout]
+    assert fused_model.main([*arguments, "--out", str(path)]) == 0
+    found = rows.ModelRows(path)
+    (name,) = found.names()
+    assert [row["program"] for row in found.latest(name)] == ["jax_flash", "jax_nn_cudnn"]
+    for row in found.latest(name):
+        assert float(row["tokens_per_s"]) > 0 and 0 < float(row["loss"]) < 6
+    assert "times as fast" in capsys.readouterr().out
+    assert len(readme.fused_model(found).splitlines()) == 6
+    assert ("dropout" in name) == (dropout != "0")
+
+
+def test_fused_model_refuses_another_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fused_model, "fused_head", lambda *args: 2 * fused_model.plain_head(*args))
+    assert fused_model.main(["--tiny", "--out", str(tmp_path / "rows.csv")]) == 1
+    assert "not the same model" in capsys.readouterr().err
+
+
+OPERATORS = {  # what differs by more than its size
+    tuple(workload.name.split("/")[:2]) + (workload.dropout_rate,): name
+    for name, workload in operator_workloads.WORKLOADS.items()
+}
+OPERATORS["several in a launch"] = "norm/rms/1024"
+
+
+def test_operators_agree_and_leave_rows(tmp_path, capsys, quick_compilation):
+    """A dry run: every call of every operator, forward and backward, against plain jnp."""
+    path = tmp_path / "operators.csv"
+    names = "jax_flash,jax_flash_xla,xla,torch_compile"
+    arguments = ["--dry", "--workloads", ",".join(OPERATORS.values()), "--out", str(path)]
+    assert operators.main([*arguments, "--providers", names]) == 0
+    assert "torch_compile: not measured: needs" in capsys.readouterr().out
+    found = rows.Rows(path)
+    for name in OPERATORS.values():
+        unit = found.tflops if "cross" not in name and "4096x" in name else found.gbs
+        unit = found.tflops if name.startswith("linear") else unit
+        assert set(unit[name, "forward"]) == set(unit[name, "backward"])
+        assert set(unit[name, "forward"]) == {"jax_flash", "jax_flash_xla", "xla"}
+    assert found.ceiling_beside("norm/ln/8192", "backward") > 0
+
+
+def test_operators_refuse_outputs_that_differ(tmp_path, monkeypatch, capsys):
+    """The backward is looked at as well: this one is of another scale."""
+    name = "softmax/causal/2048"
+    right = operator_providers.PROVIDERS["xla"]
+
+    def wrong(workload):
+        call = right[1](workload)
+        return lambda x: 2 * call(x) - jax.lax.stop_gradient(call(x))
+
+    monkeypatch.setitem(operator_providers.PROVIDERS, "jax_flash_xla", ("jax", wrong))
+    path = tmp_path / "operators.csv"
+    arguments = ["--dry", "--workloads", name, "--out", str(path)]
+    assert operators.main([*arguments, "--providers", "jax_flash,jax_flash_xla"]) == 1
+    assert "MISMATCH: backward: jax_flash_xla and jax_flash" in capsys.readouterr().out
+    assert "softmax" not in path.read_text()
+
+
+def test_fewest_bytes_of_the_operators():
+    """As in the targets: GB/s of these bytes are what is aimed at."""
+    named = operator_workloads.WORKLOADS
+    assert named["norm/rms/4096"].gigabytes("backward") == 4 * 16384 * 4096 * 2 / 1e9
+    assert named["norm/ln/4096/dropout"].gigabytes("backward") == 5 * 16384 * 4096 * 2 / 1e9
+    assert named["cross_entropy/f32/50257"].gigabytes("forward") == 8192 * 50257 * 4 / 1e9
+    square = 4 * 2048 * 2048 / 1e9
+    assert named["softmax/masked/2048"].gigabytes("forward") == pytest.approx(65 * square)
+    assert named["softmax/causal/2048"].gigabytes("forward_backward") == 16 * 2 * 5 * square
+    assert named["mlp/bf16/4096x16384"].tflop("backward") == 8 * 16384 * 4096 * 16384 / 1e12
+    assert named["mlp/bf16/4096x16384"].gigabytes("forward") is None
+
+
+def test_launches_in_place_take_fresh_copies():
+    """The result is written over the cotangent alone, and no launch sees another's result."""
+    x, dout = jax.numpy.arange(6.0), jax.numpy.ones(6)
+    call = operator_providers.InPlace(lambda x, dout: x * dout + 1, x, dout)
+    entry = clock.Timed("xla", "backward", call, launches=5)
+    entry.burst()
+    assert entry.launches == 5 and len(entry.seconds) == 1
+    np.testing.assert_array_equal(call(), np.arange(6.0) + 1)
+    assert not dout.is_deleted() and not x.is_deleted()
+
+
+def test_what_waits_takes_bounded_memory(monkeypatch):
+    """Launches go ahead of the device as far as their results may take memory."""
+    results = jax.numpy.ones((64, 1024))
+    entry = clock.Timed("xla", "forward", lambda: results, launches=40)
+    entry.burst()
+    assert entry.waiting == 32
+    monkeypatch.setattr(clock, "_WAITING_BYTES", 8 * results.nbytes)
+    entry.burst()
+    assert entry.waiting == 8 and len(entry.seconds) == 2
+
+
+def test_table_and_figure_of_operators(tmp_path, monkeypatch):
+    """Ours and its ceiling are of one run; a rival ahead shows as a ratio below 1."""
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    assert readme.fused_operators() == "Not measured yet.\n"
+    (tmp_path / "device").mkdir()
+    path = tmp_path / "device" / "operators.csv"
+    norm, mlp = "norm/ln/4096", "mlp/bf16/4096x16384"
+    with open(path, "w") as file:
+        writer = csv.DictWriter(file, operators.COLUMNS)
+        writer.writeheader()
+        for which, name, provider, ms, gbs, tflops in (
+            ("1", rows.COPY_CEILING, "jax_copy", 1, 4000, ""),
+            ("1", rows.CEILING, "jax_matmul", 1, "", 700),
+            ("1", norm, "jax_flash", 2, 3000, ""),
+            ("1", norm, "xla", 4, 1500, ""),
+            ("1", norm, "torch_compile", 1.5, 4000, ""),
+            ("1", mlp, "jax_flash", 2, "", 630),
+            ("2", rows.COPY_CEILING, "jax_copy", 1, 9999, ""),
+            ("2", norm, "jax_flash", 1, 6000, ""),
+        ):
+            values = _row(which, name, provider, ms, tflops)
+            writer.writerow({key: values.get(key, gbs) for key in operators.COLUMNS})
+    (found,) = rows.load_operators()
+    text = readme.fused_operators()
+    expected = f"| `{norm}` | forward | 3000 GB/s | 75% | 2.00x | 0.75x torch.compile |"
+    assert expected in text.splitlines()
+    assert f"| `{mlp}` | forward | 630 TFLOP/s | 90% |  |  |" in text.splitlines()
+    plot.operators(found)
+    assert path.with_name("operators.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
     "kernel, kind",
     [
@@ -258,6 +401,7 @@ def test_model_trains_and_leaves_rows(tmp_path, capsys, quick_compilation):
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention backward"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention forward"),
         ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
+        ("void jax_flash::cross_entropy::backward_kernel<float>", "the rest"),
         ("loop_add_fusion_3", "the rest"),
     ],
 )

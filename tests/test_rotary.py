@@ -14,13 +14,24 @@ import jax_flash
 from jax_flash import RotaryTable, apply_rotary, apply_rotary_qkvpacked
 from jax_flash.reference import rotary as reference
 from tests import helpers, programs
-from tests.programs import assert_close, assert_equal, collectives, equations, normal
+from tests.programs import (
+    assert_close,
+    assert_equal,
+    collectives,
+    custom_calls,
+    equations,
+    installed,
+    normal,
+)
 
 quick_compilation = programs.quick_compilation
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 B, T, N, H, R, LENGTH = 2, 5, 3, 10, 6, 23
 FORMS = {"half": False, "interleaved": True}
+on_each = pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 
 
 def table_of(dim=R, length=LENGTH, **options):
@@ -69,26 +80,36 @@ def check(f, x, cos, sin, positions, *, interleaved=False, conjugate=False):
 
 # The numbers --------------------------------------------------------------------------------------
 
-# x, R: all of a head and a part, one pair, odd head dims, one row, no batch axis, two
+# x, R: all of a head and a part, one pair, odd head dims, one row, no batch axis, two; on 16 bytes
+# and not; more heads, and more pairs, than a block has threads
 SHAPES = {
     "whole_head": ((2, 37, 3, 8), 8),
     "part": ((2, 5, 4, 11), 6),
     "one_pair_one_row": ((1, 3, 2), 2),
     "long": ((2, 1, 521, 2, 64), 64),
+    "whole_chunks": ((2, 67, 17, 128), 128),
+    "part_in_chunks": ((2, 13, 5, 96), 32),
+    "chunks_for_queries_alone": ((3, 7, 6, 80), 40),
+    "many_heads": ((2, 3, 601, 16), 16),
+    "many_pairs": ((2, 3, 2, 1030), 1028),
+    "many_chunks": ((1, 3, 2, 4160), 4160),
 }
 
 
+@on_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", SHAPES)
-def test_rows_in_order(case, form, dtype):
+def test_rows_in_order(case, form, dtype, implementation):
     shape, dim = SHAPES[case]
     x = helpers.random(1, dtype, shape)[0]
     table = table_of(dim, shape[-3] + 3, interleaved=FORMS[form])
-    options = dict(conjugate=case == "part")
+    conjugate = case == "part"
     positions = np.arange(shape[-3])
+    options = dict(conjugate=conjugate, implementation=implementation)
     f = functools.partial(apply_rotary, table=table, **options)
-    check(f, x, table.cos, table.sin, positions, interleaved=FORMS[form], **options)
+    given = (x, table.cos, table.sin, positions)
+    check(f, *given, interleaved=FORMS[form], conjugate=conjugate)
 
 
 ROWS, VARLEN = 13, reference.varlen_positions
@@ -112,9 +133,11 @@ PLACED = {
 }
 
 
+@on_each
 @pytest.mark.parametrize("case", PLACED)
-def test_where_rows_stand(case):
+def test_where_rows_stand(case, implementation):
     options, positions = PLACED[case]
+    options = options | dict(implementation=implementation)
     x, table = normal(0, 2, ROWS, 3, 10), table_of(interleaved=case == "offsets")
     want = reference.rotate(x, table.cos, table.sin, positions, interleaved=table.interleaved)
 
@@ -123,22 +146,30 @@ def test_where_rows_stand(case):
         return apply_rotary(x, table, **options), apply_rotary_qkvpacked(qkv, table, **options)
 
     # Known where the call is traced, and known to the device alone.
-    for out, packed in (jax.jit(lambda: calls(options))(), jax.jit(calls)(options)):
+    traced = {name: value for name, value in options.items() if name != "implementation"}
+    by_device = jax.jit(lambda traced: calls(options | traced))
+    for out, packed in (jax.jit(lambda: calls(options))(), by_device(traced)):
         np.testing.assert_allclose(out, want, atol=2e-6)
         assert_equal(packed[:, :, 0], out)
         assert_equal(packed[:, :, 2], x)
 
 
+@on_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scale_base", [None, 16.0])
-def test_packed(scale_base, form, dtype):
+@pytest.mark.parametrize("dims", [(H, R), (64, 64), (96, 48)], ids=str)
+def test_packed(dims, scale_base, form, dtype, implementation):
     """Queries by one table, keys by the other, values untouched; one gradient for all three."""
     interleaved = FORMS[form]
-    table = table_of(scale_base=scale_base, interleaved=interleaved)
+    head_dim, dim = dims
+    table = table_of(dim, scale_base=scale_base, interleaved=interleaved)
     keys = (table.cos, table.sin) if scale_base is None else (table.cos_k, table.sin_k)
-    qkv, dout = helpers.random(3, dtype, (B, T, 3, N, H), (B, T, 3, N, H))
-    f = functools.partial(apply_rotary_qkvpacked, table=table)
+    shape = (B, T, 3, N, head_dim)
+    qkv, dout = helpers.random(3, dtype, shape, shape)
+    before = qkv.copy()
+    options = dict(table=table, implementation=implementation)
+    f = functools.partial(apply_rotary_qkvpacked, **options)
     out, grad = jax.jit(functools.partial(with_gradient, f))(qkv, dout)
     for got, array, back in ((out, qkv, False), (grad, dout, True)):
         for i, tables in enumerate(((table.cos, table.sin), keys)):
@@ -147,8 +178,37 @@ def test_packed(scale_base, form, dtype):
             by_jnp = plain(*given, interleaved, back)
             helpers.assert_close("qk"[i], got[:, :, i], exact, by_jnp)
         assert_equal(got[:, :, 2], array[:, :, 2])
-    assert_equal(out[:, :, 0], apply_rotary(jnp.asarray(qkv[:, :, 0]), table))
-    assert_equal(out[:, :, 1], apply_rotary(jnp.asarray(qkv[:, :, 1]), table, is_key=True))
+    assert_equal(qkv, before)
+    tolerance = float(jnp.finfo(dtype).eps)  # XLA contracts products and sums as it likes
+    for i in range(2):
+        alone = apply_rotary(jnp.asarray(qkv[:, :, i]), is_key=i == 1, **options)
+        assert_close(out[:, :, i], alone, 0 if implementation == "cuda" else tolerance)
+
+
+@on_each
+def test_what_is_written_over_may_be_needed_again(implementation):
+    """The packed result takes qkv's memory, unless somebody reads qkv later."""
+    qkv = normal(0, B, T, 3, N, H)
+    f = functools.partial(apply_rotary_qkvpacked, implementation=implementation)
+
+    def both(x, table):
+        x = 2 * x
+        return f(x, table), x
+
+    table = table_of()
+    turned, doubled = jax.jit(both)(qkv, jax.device_put(table))
+    assert_equal(doubled, 2 * np.asarray(qkv))
+    assert_close(turned, f(2 * qkv, table))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_more_elements_than_int32_counts_cuda(form):
+    """Offsets of 64 bits: the last rows of 2.2e9 elements are those of a small call."""
+    x = jax.random.normal(jax.random.key(0), (2, 34_000, 256, 128), jnp.bfloat16)
+    table = table_of(128, x.shape[1], interleaved=FORMS[form])
+    got = jax.jit(lambda x: apply_rotary(x, table, implementation="cuda"))(x)[1, -3:]
+    assert_equal(got, apply_rotary(x[1, -3:], table, offsets=33_997, implementation="cuda"))
 
 
 def test_table():
@@ -201,21 +261,23 @@ def test_float64():
         np.testing.assert_allclose(got, want, atol=1e-15)
 
 
-def test_positions_that_only_the_device_knows():
+@on_each
+def test_positions_that_only_the_device_knows(implementation):
     """Negative: the row is copied; beyond the table: NaN where it would be turned; no other row
     feels it. Wrong cu_seqlens are clamped and made monotonic."""
     x, table = normal(0, T, N, H), table_of(scale_base=16.0)  # position 0 scales
-    f = jax.jit(lambda x, p: with_gradient(lambda x: apply_rotary(x, table, positions=p), x, x))
+    by = functools.partial(apply_rotary, table=table, implementation=implementation)
+    f = jax.jit(lambda x, p: with_gradient(lambda x: by(x, positions=p), x, x))
     given = np.array([-1, LENGTH, LENGTH - 1, np.iinfo(np.int32).max, np.iinfo(np.int32).min])
     for got, back in zip(f(x, given.astype(np.int32)), (False, True), strict=True):
         want = reference.rotate(x, table.cos, table.sin, given, conjugate=back)
         np.testing.assert_allclose(got, want, atol=2e-6)
         assert np.isnan(want[[1, 3], :, :R]).all() and np.isnan(want).sum() == 2 * N * R
-    g = jax.jit(lambda x, cu: apply_rotary(x, table, cu_seqlens=cu))
+    g = jax.jit(lambda x, cu: by(x, cu_seqlens=cu))
     for cu in ([-3, 2, 1, 99], [4, 2, 2, 3], [9, 9, 9, 9]):
         want = reference.rotate(x, table.cos, table.sin, reference.varlen_positions(cu, T))
         np.testing.assert_allclose(g(x, np.array(cu, np.int32)), want, atol=2e-6)
-    beyond = jax.jit(lambda x, at: apply_rotary(x, table, offsets=at))(x, jnp.int32(LENGTH - 2))
+    beyond = jax.jit(lambda x, at: by(x, offsets=at))(x, jnp.int32(LENGTH - 2))
     np.testing.assert_array_equal(np.isnan(beyond).any((1, 2)), [False, False, True, True, True])
 
 
@@ -272,8 +334,9 @@ MAPPED = {
 }
 
 
+@on_each
 @pytest.mark.parametrize("case", MAPPED)
-def test_vmap_of_any_operand(case):
+def test_vmap_of_any_operand(case, implementation):
     axes = MAPPED[case]
     x, table = normal(0, 4, B, T, N, H), table_of()
     tables = jnp.stack([table.cos, table.cos + 1, table.sin, table.cos])
@@ -281,8 +344,9 @@ def test_vmap_of_any_operand(case):
     operands = (x, tables, positions)
 
     def f(x, cos, positions):
-        table = RotaryTable(cos, cos + 2)
-        return with_gradient(lambda x: apply_rotary(x, table, positions=positions), x, jnp.cos(x))
+        options = dict(positions=positions, implementation=implementation)
+        call = functools.partial(apply_rotary, table=RotaryTable(cos, cos + 2), **options)
+        return with_gradient(call, x, jnp.cos(x))
 
     given = [a[0] if i is None else jnp.moveaxis(a, 0, i) for a, i in zip(operands, axes)]
     each = [f(*(a[0 if i is None else k] for a, i in zip(operands, axes))) for k in range(4)]
@@ -290,13 +354,15 @@ def test_vmap_of_any_operand(case):
     assert_close(jax.jit(jax.vmap(f, axes))(*given), want)
 
 
-def test_vmap_of_packed_operands_with_two_tables():
+@on_each
+def test_vmap_of_packed_operands_with_two_tables(implementation):
     qkv, table = normal(0, 4, T, 3, N, H), table_of(scale_base=16.0)
     starts = jnp.array([0, 3, 9, 18], jnp.int32)
 
     def f(qkv, at, cos_k):
         own = RotaryTable(table.cos, table.sin, cos_k, table.sin_k)
-        call = functools.partial(apply_rotary_qkvpacked, table=own, offsets=at)
+        options = dict(table=own, offsets=at, implementation=implementation)
+        call = functools.partial(apply_rotary_qkvpacked, **options)
         return with_gradient(call, qkv, jnp.cos(qkv))
 
     cos_k = jnp.stack([table.cos_k + i for i in range(4)])
@@ -305,11 +371,28 @@ def test_vmap_of_packed_operands_with_two_tables():
     assert_close(jax.jit(jax.vmap(f))(qkv, starts, cos_k), want)
 
 
+@installed("cuda")
 def test_lowers_for_cuda():
-    """Without a GPU, and without a custom call: no kernel serves it yet."""
-    f = jax.jit(jax.grad(lambda x: jnp.sum(apply_rotary(x, table_of()))))
-    lowered = f.trace(normal(0, B, T, N, H)).lower(lowering_platforms=("cuda",))
-    assert "jax_flash" not in lowered.as_text() and "stablehlo.gather" in lowered.as_text()
+    """One custom call a direction; packed, the result takes the memory of what comes. Halves are
+    XLA's, unless somebody asks."""
+
+    def lowered(table, **options):
+        f = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(apply_rotary(x, table, **options)))))
+        return f.trace(normal(0, B, T, N, H)).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert not custom_calls(lowered(table_of()))
+    assert custom_calls(lowered(table_of(), implementation="cuda"))
+    text = lowered(table_of(interleaved=True))
+    whole, table, off = "1x1x2x5x3x10xf32", "1x1x1x23x3xf32", "0xf32"
+    operands = [whole, table, table, off, off, "1x1x1x5xi32"]
+    assert custom_calls(text) == [("jax_flash.rotary", operands, [whole])] * 2
+    assert "output_operand_alias<" not in text and "gather" not in text
+    g = jax.jit(lambda x: apply_rotary_qkvpacked(x, table_of(scale_base=16.0)))
+    text = g.trace(normal(0, B, T, 3, N, H)).lower(lowering_platforms=("cuda",)).as_text()
+    packed = "1x1x2x5x3x3x10xf32"
+    operands = [packed, *[table] * 4, "1x1x1x5xi32"]
+    assert custom_calls(text) == [("jax_flash.rotary", operands, [packed])]
+    assert "output_operand_alias<output_tuple_indices = [], operand_index = 0" in text
 
 
 def test_jit_scan_and_export():
@@ -497,12 +580,12 @@ REFUSED = {
         r"cu_seqlens: expected non-decreasing values in \[0, 5\]",
     ),
     "flag": (X, TABLE, dict(conjugate=1), TypeError, "conjugate: expected a Python bool"),
-    "cuda": (
+    "cpu": (
         X,
         TABLE,
-        dict(implementation="cuda"),
+        dict(implementation="cpu"),
         NotImplementedError,
-        "implementation='cuda': rotary has no cuda kernels",
+        "implementation='cpu': rotary has no cpu kernels",
     ),
     "unknown": (
         X,

@@ -14,12 +14,23 @@ from jax.sharding import PartitionSpec as P
 import jax_flash
 from jax_flash.reference import softmax as reference
 from tests import helpers, programs
-from tests.programs import assert_close, assert_equal, collectives, equations, normal
+from tests.programs import (
+    assert_close,
+    assert_equal,
+    collectives,
+    custom_calls,
+    equations,
+    installed,
+    normal,
+)
 
 quick_compilation = programs.quick_compilation
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 B, N, T, S = 2, 3, 5, 7
+on_each = pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 
 
 def hidden_of(*shape, seed=0):
@@ -58,40 +69,100 @@ def check(f, scores, hidden, scale):
 
 # The numbers --------------------------------------------------------------------------------------
 
-# scores, mask, scale, the mask's type: rows of 1, primes, more than a block, 8 mod 16
+# scores, mask, scale, the mask's type: rows of 1, primes, 8 mod 16, rows that start anywhere; a
+# width of each of the kernels, with and without a rest: part of a warp, a warp, blocks, too long
 MASKED = {
     "batched_mask": ((2, 3, 5, 37), (2, 1, 5, 37), 0.7, np.bool_),
     "shared_mask": ((2, 3, 7, 261), (1, 1, 7, 261), 2.0, np.uint8),
     "one_key": ((3, 2, 5, 1), (3, 1, 5, 1), 1.0, np.bool_),
     "key_padding": ((2, 3, 4, 24), (2, 1, 1, 24), -1.5, np.int32),
+    "mask_of_heads": ((2, 3, 5, 40), (1, 3, 5, 40), 1.0, np.bool_),
+    "a_warp": ((2, 2, 3, 1021), (2, 1, 3, 1021), 1.0, np.bool_),
+    "a_full_warp": ((2, 2, 9, 2048), (2, 1, 9, 2048), 0.125, np.bool_),
+    "a_block": ((2, 2, 3, 2056), (2, 1, 3, 2056), 1.0, np.bool_),
+    "a_large_block": ((1, 2, 3, 8197), (1, 1, 3, 8197), 2.0, np.bool_),
+    "a_full_block": ((1, 2, 2, 16384), (1, 1, 2, 16384), 1.0, np.uint8),
     "long_rows": ((1, 2, 3, 16411), (1, 1, 3, 16411), 3.0, np.bool_),
+    "longer_rows": ((1, 2, 2, 40_004), (1, 2, 1, 40_004), 3.0, np.bool_),
 }
 
 
+@on_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", MASKED)
-def test_masked(case, dtype):
+def test_masked(case, dtype, implementation):
     shape, mask_shape, scale, mask_dtype = MASKED[case]
     scores = helpers.random(1, dtype, shape)[0] * 3
     hidden = hidden_of(*mask_shape)
     mask = hidden.astype(mask_dtype)
-    f = functools.partial(jax_flash.scaled_masked_softmax, mask=mask, scale=scale)
+    options = dict(mask=mask, scale=scale, implementation=implementation)
+    f = functools.partial(jax_flash.scaled_masked_softmax, **options)
     probs = np.asarray(check(f, scores, hidden, scale), np.float64)
     seen = ~np.broadcast_to(hidden, shape).all(-1)
     np.testing.assert_allclose(probs.sum(-1)[seen], 1, atol=40 * float(jnp.finfo(dtype).eps))
 
 
+CAUSAL = [(2, 3, 37, 37), (1, 1), (3, 41, 19), (2, 5, 130), (2, 517, 517), (2100, 2100)]
+CAUSAL += [(2, 9, 20_011), (3, 40_000)]
+
+
+@on_each
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 3, 37, 37), (1, 1), (3, 41, 19), (2, 5, 130)])
-def test_causal(shape, dtype):
+@pytest.mark.parametrize("shape", CAUSAL, ids=str)
+def test_causal(shape, dtype, implementation):
     scores = helpers.random(2, dtype, shape)[0] * 3
-    f = functools.partial(jax_flash.scaled_causal_softmax, scale=0.5)
+    options = dict(scale=0.5, implementation=implementation)
+    f = functools.partial(jax_flash.scaled_causal_softmax, **options)
     check(f, scores, reference.upper_triangle(*shape[-2:]), 0.5)
 
 
-def test_without_a_mask():
+@on_each
+def test_without_a_mask(implementation):
     scores = helpers.random(3, np.float32, (B, N, T, S))[0]
-    check(jax_flash.scaled_masked_softmax, scores, np.zeros((T, S), bool), 1.0)
+    f = functools.partial(jax_flash.scaled_masked_softmax, implementation=implementation)
+    check(f, scores, np.zeros((T, S), bool), 1.0)
+
+
+@on_each
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [7, 2100, 20_001])
+def test_bitwise_repeatable(size, dtype, implementation):
+    scores, dprobs = helpers.random(4, dtype, (3, 67, size), (3, 67, size))
+    f = functools.partial(jax_flash.scaled_causal_softmax, implementation=implementation)
+    call = jax.jit(functools.partial(with_gradient, f))
+    assert_equal(call(scores, dprobs), call(scores, dprobs))
+
+
+@on_each
+def test_what_is_written_over_may_be_needed_again(implementation):
+    """The gradient takes dP's memory, unless somebody reads dP later or it is an argument."""
+    scores, dprobs = normal(0, 2, 37, 41), normal(1, 2, 37, 41)
+    f = functools.partial(jax_flash.scaled_causal_softmax, implementation=implementation)
+    before = np.asarray(dprobs)
+
+    def twice(scores, dprobs):
+        doubled = 2 * dprobs
+        _, pullback = jax.vjp(f, scores)
+        return pullback(dprobs)[0], pullback(doubled)[0], doubled
+
+    grad, doubled_grad, doubled = jax.jit(twice)(scores, dprobs)
+    assert_equal(doubled, 2 * before)
+    assert_equal(dprobs, before)
+    assert_close(doubled_grad, 2 * grad, 1e-6)
+
+
+@pytest.mark.gpu
+def test_more_elements_than_int32_counts_cuda():
+    """Offsets of 64 bits: the last rows of 2.2e9 scores are those of a small call."""
+    scores = jax.random.normal(jax.random.key(0), (17, 8200, 16384), jnp.bfloat16)
+    f = functools.partial(jax_flash.scaled_causal_softmax, scale=2.0, implementation="cuda")
+    out, grad = jax.jit(functools.partial(with_gradient, f))(scores, scores)
+    last = scores[-1:, -3:]
+    ids = jnp.arange(8197, 8200)
+    hidden = jnp.arange(16384)[None] > ids[:, None]
+    small = functools.partial(jax_flash.scaled_masked_softmax, mask=hidden[None], scale=2.0)
+    want = with_gradient(functools.partial(small, implementation="cuda"), last, last)
+    assert_close((out[-1:, -3:], grad[-1:, -3:]), want, 1e-2)
 
 
 def test_float64():
@@ -106,31 +177,40 @@ def test_float64():
         np.testing.assert_allclose(grad, reference.backward(exact, np.cos(scores)), atol=1e-14)
 
 
+@on_each
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_are_no_numbers(dtype):
+@pytest.mark.parametrize("width", [S, 300, 2500, 40_000])
+def test_rows_that_are_no_numbers(width, dtype, implementation):
     """Row by row: all -inf; some -inf; NaN; +inf; NaN only where masked; the largest numbers."""
-    scores = np.zeros((6, S), dtype)
+    scores = np.zeros((6, width), dtype)
     scores[0], scores[1, 1:3], scores[2, 4], scores[3, 4] = -np.inf, -np.inf, np.nan, np.inf
     scores[4, 0], scores[5, 3] = np.nan, jnp.finfo(dtype).max
-    hidden = np.zeros((6, S), bool)
+    hidden = np.zeros((6, width), bool)
     hidden[:, 0] = True
-    f = functools.partial(jax_flash.scaled_masked_softmax, mask=hidden)
+    options = dict(mask=hidden, implementation=implementation)
+    f = functools.partial(jax_flash.scaled_masked_softmax, **options)
     probs, grad = with_gradient(f, scores, np.where(hidden, np.nan, 1).astype(dtype))
     np.testing.assert_array_equal(
+        np.isnan(np.asarray(probs, np.float32)), np.isnan(reference.forward(scores, hidden))
+    )
+    np.testing.assert_allclose(
         np.asarray(probs, np.float32),
-        reference.forward(scores, hidden).astype(dtype).astype(np.float32),
+        reference.forward(scores, hidden).astype(np.float32),
+        rtol=float(jnp.finfo(dtype).eps),
+        atol=float(jnp.finfo(dtype).smallest_subnormal),
     )
     grad = np.asarray(grad, np.float32)
     assert np.isnan(grad[2:4, 1:]).all() and not grad[:, 0].any()
     np.testing.assert_allclose(grad[[0, 1, 4, 5]], 0, atol=float(jnp.finfo(dtype).eps))
 
 
-def test_causal_rows_do_not_look_above_the_diagonal():
-    scores = normal(0, T, T)
-    ruined = jnp.where(reference.upper_triangle(T, T), jnp.nan, scores)
-    got = with_gradient(jax_flash.scaled_causal_softmax, ruined, ruined)
-    want = with_gradient(jax_flash.scaled_causal_softmax, scores, scores)
-    assert_equal(got, want)
+@on_each
+@pytest.mark.parametrize("size", [T, 300, 2500])
+def test_causal_rows_do_not_look_above_the_diagonal(size, implementation):
+    scores = normal(0, size, size)
+    ruined = jnp.where(reference.upper_triangle(size, size), jnp.nan, scores)
+    f = functools.partial(jax_flash.scaled_causal_softmax, implementation=implementation)
+    assert_equal(with_gradient(f, ruined, ruined), with_gradient(f, scores, scores))
 
 
 @pytest.mark.parametrize("shape", [(0, N, T, S), (B, N, 0, S), (B, N, T, 0)])
@@ -153,12 +233,12 @@ def test_batch_per_block():
 # Transformations ----------------------------------------------------------------------------------
 
 
-def masked(scores, mask):
-    return jax_flash.scaled_masked_softmax(scores, mask, scale=0.7)
+def masked(scores, mask, implementation=None):
+    return jax_flash.scaled_masked_softmax(scores, mask, scale=0.7, implementation=implementation)
 
 
-def causal(scores, _):
-    return jax_flash.scaled_causal_softmax(scores, scale=0.7)
+def causal(scores, _, implementation=None):
+    return jax_flash.scaled_causal_softmax(scores, scale=0.7, implementation=implementation)
 
 
 CALLS = {
@@ -199,11 +279,13 @@ def test_gradient_is_of_probabilities_alone(call):
         assert len(equations(jaxpr, "softmax_backward")) == 1
 
 
-def test_vmap_of_any_operand():
+@on_each
+def test_vmap_of_any_operand(implementation):
     scores, mask = normal(0, 4, B, N, T, S), jnp.asarray(hidden_of(4, B, 1, T, S))
 
     def results(scores, mask):
-        return with_gradient(lambda x: masked(x, mask), scores, jnp.cos(scores))
+        f = functools.partial(masked, mask=mask, implementation=implementation)
+        return with_gradient(f, scores, jnp.cos(scores))
 
     want = [results(scores[i], mask[i]) for i in range(4)]
     want = jax.tree.map(lambda *x: jnp.stack(x), *want)
@@ -218,15 +300,38 @@ def test_vmap_of_any_operand():
         ]
         want = jax.tree.map(lambda *x: jnp.stack(x), *each)
         assert_close(jax.jit(jax.vmap(results, axes))(*given), want)
-    twice = jax.vmap(jax.vmap(lambda x: causal(x, None)))
-    assert_equal(twice(scores), causal(scores, None))
+    own = functools.partial(causal, _=None, implementation=implementation)
+    twice = jax.vmap(jax.vmap(own))
+    assert_equal(twice(scores), own(scores))
 
 
-def test_lowers_for_cuda():
-    """Without a GPU, and without a custom call: no kernel serves it yet."""
-    f = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(causal(x, None)))))
-    lowered = f.trace(normal(0, B, T, S)).lower(lowering_platforms=("cuda",))
-    assert "jax_flash" not in lowered.as_text() and "exponential" in lowered.as_text()
+@pytest.mark.parametrize("call", CALLS)
+@installed("cuda")
+def test_lowers_for_cuda(call):
+    """Two custom calls, and the gradient takes the memory of what comes."""
+    f, hidden = CALLS[call]
+    scores, mask = normal(0, B, N, T, S), jnp.asarray(hidden)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(f(x, mask)))))
+    text = gradient.trace(scores).lower(lowering_platforms=("cuda",)).as_text()
+    flat = "1x1x6x5x7xf32"  # a mask that heads share keeps them apart from the batch
+    whole = flat if call == "causal" else "1x2x3x5x7xf32"
+    option, off = ("0xi1", "5xi32") if call == "causal" else ("1x2x1x5x7xi1", "0xi32")
+    assert custom_calls(text) == [
+        ("jax_flash.softmax_forward", [whole, option, off], [whole]),
+        ("jax_flash.softmax_backward", [flat, flat, off], [flat]),
+    ]
+    assert "exponential" not in text and text.count("optimization_barrier") == 1
+    alias = r"output_operand_alias<output_tuple_indices = \[\], operand_index = 1"
+    assert len(re.findall(alias, text)) == 1
+
+
+def test_refuses_what_no_kernel_serves():
+    with jax.enable_x64(True):
+        scores = np.zeros((T, S))
+        f = jax.jit(lambda x: jax_flash.scaled_causal_softmax(x))
+        with pytest.warns(UserWarning, match="no cuda kernel for this call"):
+            text = f.trace(scores).lower(lowering_platforms=("cuda",)).as_text()
+    assert "exponential" in text and "jax_flash.softmax" not in text
 
 
 def test_scan_and_export():
@@ -341,13 +446,6 @@ REFUSED = {
         dict(implementation="triton"),
         ValueError,
         "implementation: expected one of .* got 'triton'",
-    ),
-    "cuda": (
-        MASKED_CALL,
-        (SCORES,),
-        dict(implementation="cuda"),
-        NotImplementedError,
-        "implementation='cuda': softmax has no cuda kernels",
     ),
     "cpu": (
         CAUSAL_CALL,

@@ -10,17 +10,12 @@
 
 #include <cstdint>
 
+#include "common/batch.h"
 #include "common/dtype.h"
 
 namespace jax_flash::attention {
 
-inline constexpr int kBatchDims = 3;
 inline constexpr int64_t kUnbounded = INT64_C(1) << 40;  // a window side without a limit
-
-// Element strides of the leading batch axes; 0 where the operand is shared.
-struct BatchStrides {
-  int64_t stride[kBatchDims] = {0, 0, 0};
-};
 
 // A view of [b0, b1, b2, rows, heads, head_dim], last axis contiguous, strides in elements. Packed
 // operands are three (or two) such views into one buffer.
@@ -43,13 +38,6 @@ struct RowView {
 };
 using ConstRows = RowView<const float>;
 using Rows = RowView<float>;
-
-// A per-batch vector: [b0, b1, b2, n]. data == nullptr: the option is off.
-template <typename T>
-struct PerBatch {
-  const T* data = nullptr;
-  BatchStrides batch;
-};
 
 // Which (query i, key j) pairs exist. All of it is one question that a tile asks: skip, full,
 // partial.

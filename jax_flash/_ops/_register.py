@@ -22,6 +22,15 @@ def missing(platform: str) -> str | None:
     return None
 
 
+def refusal(platform: str, dtype) -> str | None:
+    """Why the kernels of `platform` do not serve elements of this type, or None."""
+    if (reason := missing(platform)) is not None:
+        return reason
+    if dtype.name not in ("float32", "float16", "bfloat16"):
+        return f"{dtype} (kernels: float32, float16, bfloat16)"
+    return None
+
+
 def register_all() -> None:
     """For programs that come ready-made (`jax.export`), before any call of ours is traced."""
     for platform in _XLA_PLATFORM:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flash._ops import _register, attention_xla
+from jax_flash._ops._batch import BATCH_DIMS, batch_shape, canonical
 from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
 
 SEPARATE, KEY_VALUE, QUERY_KEY_VALUE = range(3)  # Packing in check.h
@@ -31,7 +32,6 @@ OPTIONS = (
     "head_ids",
     "block_mask",
 )
-_BATCH_DIMS = 3  # kBatchDims in params.h
 MAX_HEAD_DIM = 256
 
 
@@ -138,18 +138,9 @@ _backward_signature = _signature(
 # Shapes ------------------------------------------------------------------------------------------
 
 
-def _batch_shape(signature: Signature, operands) -> tuple[int, ...]:
-    leads = [
-        x.shape[: len(x.shape) - len(axes) + 1]
-        for x, axes in zip(operands, signature.operands, strict=True)
-        if axes[:1] == (BATCH,)
-    ]
-    return jnp.broadcast_shapes(*leads)
-
-
 def _forward_results(config, *operands):
     query, value = operands[0], operands[2]
-    batch = _batch_shape(_forward_signature(config, *operands), operands)
+    batch = batch_shape(_forward_signature(config, *operands), operands)
     seq_q = query.shape[-4] if config.packing == QUERY_KEY_VALUE else query.shape[-3]
     value_dim = value.shape[-1] if config.packing == SEPARATE else query.shape[-1]
     heads = query.shape[-2]
@@ -161,7 +152,7 @@ def _forward_results(config, *operands):
 
 def _backward_results(config, *operands):
     signature = _backward_signature(config, *operands)
-    batch = _batch_shape(signature, operands)
+    batch = batch_shape(signature, operands)
     return tuple(
         jax.ShapeDtypeStruct((*batch, *x.shape[len(x.shape) - len(axes) + 1 :]), x.dtype)
         if axes
@@ -173,62 +164,13 @@ def _backward_results(config, *operands):
 # Custom calls ------------------------------------------------------------------------------------
 
 
-def _canonical(signature: Signature, operands):
-    """Operands with exactly _BATCH_DIMS batch axes, by reshapes that move nothing.
-
-    Neighbouring batch axes that the same operands share become one. More kinds of sharing than the
-    kernels have axes for (nested vmaps over ever different operands) are broadcast in memory.
-    """
-    batched = [axes[:1] == (BATCH,) for axes in signature.operands]
-    tails = [
-        x.shape[x.ndim - len(a) + 1 :] for x, a in zip(operands, signature.operands, strict=False)
-    ]
-    leads = [
-        x.shape[: x.ndim - len(a) + 1] for x, a in zip(operands, signature.operands, strict=False)
-    ]
-    full = _batch_shape(signature, operands)
-
-    def groups_of(leads):
-        groups: list[list[int]] = []
-        patterns: list[tuple[bool, ...]] = []
-        for axis, size in enumerate(full):
-            if size == 1:
-                continue
-            pattern = tuple(b and lead[axis] == 1 for b, lead in zip(batched, leads, strict=False))
-            if patterns and patterns[-1] == pattern:
-                groups[-1].append(axis)
-            else:
-                groups.append([axis])
-                patterns.append(pattern)
-        return groups
-
-    groups = groups_of(leads)
-    if len(groups) > _BATCH_DIMS:
-        operands = [
-            jnp.broadcast_to(x, (*full, *tail)) if b else x
-            for x, b, tail in zip(operands, batched, tails, strict=False)
-        ]
-        leads = [full if b else lead for b, lead in zip(batched, leads, strict=False)]
-        groups = groups_of(leads)
-    padding = (1,) * (_BATCH_DIMS - len(groups))
-
-    def shape(lead):
-        return padding + tuple(math.prod(lead[axis] for axis in group) for group in groups)
-
-    canonical = [
-        x.reshape(*shape(lead), *tail) if b else x
-        for x, b, lead, tail in zip(operands, batched, leads, tails, strict=False)
-    ]
-    return canonical, full
-
-
 def _bytes(block_mask):
     return block_mask if is_off(block_mask) else block_mask.astype(jnp.uint8)
 
 
 def _call(target, signature, results, workspace, config, *operands):
     operands = (*operands[:-1], _bytes(operands[-1]))
-    operands, full = _canonical(signature(config, *operands), operands)
+    operands, full = canonical(signature(config, *operands), operands)
     shapes = results(config, *operands)
     attributes = config.attributes()
     scratch = ()
@@ -237,8 +179,7 @@ def _call(target, signature, results, workspace, config, *operands):
         scratch = (jax.ShapeDtypeStruct((workspace(config, *operands),), jnp.uint8),)
     returned = ffi_call(target, (*shapes, *scratch), *operands, **attributes)
     return tuple(
-        x if is_off(x) else x.reshape(*full, *x.shape[_BATCH_DIMS:])
-        for x in returned[: len(shapes)]
+        x if is_off(x) else x.reshape(*full, *x.shape[BATCH_DIMS:]) for x in returned[: len(shapes)]
     )
 
 
@@ -252,12 +193,12 @@ def cuda_backward_workspace(config, *operands) -> int:
     The rule is that of csrc/attention/cuda/backward_plan.h, for the largest tiles any kernel has;
     f32 keeps one delta a row. The handler refuses a buffer that is too small.
     """
-    batch_dims = slice(None, _BATCH_DIMS)
+    batch_dims = slice(None, BATCH_DIMS)
     query, key, value = operands[:3]
     batch = math.prod(_backward_results(config, *operands)[0].shape[batch_dims])
     heads, kv_heads = _heads(config, query, key)
-    seq_q = query.shape[_BATCH_DIMS]
-    seq_k = seq_q if config.packing == QUERY_KEY_VALUE else key.shape[_BATCH_DIMS]
+    seq_q = query.shape[BATCH_DIMS]
+    seq_k = seq_q if config.packing == QUERY_KEY_VALUE else key.shape[BATCH_DIMS]
     if query.dtype == jnp.float32:
         return 4 * batch * heads * seq_q
 

@@ -18,8 +18,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_flash._ops._op import BATCH, Implementation, Op, Signature, is_off
+from jax_flash._ops import _register
+from jax_flash._ops._batch import canonical
+from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +115,54 @@ def backward(config, probs, dprobs, row_ids):
     return (dscores.astype(dprobs.dtype),)
 
 
+# CUDA kernels ------------------------------------------------------------------------------------
+
+
+def _refuse(config, scores, *rest) -> str | None:
+    return _register.refusal("cuda", scores.dtype)
+
+
+def _call(target, signature, result, wholes, config, *operands, in_place=None):
+    """The first `wholes` operands with all batch entries, the others as they are."""
+    whole = [jnp.broadcast_to(x, result.shape) for x in operands[:wholes]]
+    operands = (*whole, *operands[wholes:])
+    operands, _ = canonical(signature(config, *operands), operands)
+    (out,) = ffi_call(
+        target,
+        (jax.ShapeDtypeStruct(operands[0].shape, result.dtype),),
+        *operands,
+        in_place=in_place,
+        scale=np.float32(config.scale),
+    )
+    return (out.reshape(result.shape),)
+
+
+def _kernel_forward(config, *operands):
+    (result,) = _forward_results(config, *operands)
+    target, signature = "jax_flash.softmax_forward", _forward_signature
+    probs = _call(target, signature, result, 1, config, *operands)
+    # In a scan that stacks probs for the backward XLA would run the call twice (openxla/xla#45799).
+    return jax.lax.optimization_barrier(probs)
+
+
+def _kernel_backward(config, *operands):
+    """Writes dscores over dprobs; XLA copies them first where they are needed once more."""
+    (result,) = _backward_results(config, *operands)
+    target, signature = "jax_flash.softmax_backward", _backward_signature
+    return _call(target, signature, result, 2, config, *operands, in_place={1: 0})
+
+
 softmax_forward = Op(
     "softmax_forward",
     signature=_forward_signature,
     results=_forward_results,
-    native={},
+    native={"cuda": Implementation("cuda", _kernel_forward, _refuse)},
     xla=Implementation("xla", forward),
 )
 softmax_backward = Op(
     "softmax_backward",
     signature=_backward_signature,
     results=_backward_results,
-    native={},
+    native={"cuda": Implementation("cuda", _kernel_backward, _refuse)},
     xla=Implementation("xla", backward),
 )

@@ -19,7 +19,6 @@ from flax.linen.linear import default_kernel_init
 from jax.typing import ArrayLike
 
 from jax_flash import _flax
-from jax_flash.attention import attention
 
 __all__ = [
     "FlashBlocksparseAttention",
@@ -222,6 +221,33 @@ class FlashBlocksparseAttention(_FlashLayer, kw_only=True):
         )
 
 
+class _Projection(nn.Module):
+    """The parameters of Flax's DenseGeneral to (heads, head dim), without its product."""
+
+    heads: int
+    head_dim: int
+    use_bias: bool
+    param_dtype: Any
+    kernel_init: Initializer
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[jax.Array, jax.Array | None]:
+        """Features of the input -> kernel [inputs, heads, head_dim], bias [heads, head_dim]."""
+        per_head = (self.heads, self.head_dim)
+
+        def flat(init, lead):  # as there: initialised as one matrix, one vector
+            shape = (*lead, self.heads * self.head_dim)
+            return lambda key, full, dtype: init(key, shape, dtype).reshape(full)
+
+        dtype = self.param_dtype
+        kernel = self.param("kernel", flat(self.kernel_init, (inputs,)), (inputs, *per_head), dtype)
+        bias = (
+            self.param("bias", flat(self.bias_init, ()), per_head, dtype) if self.use_bias else None
+        )
+        return kernel, bias
+
+
 class MultiHeadAttention(_FlashLayer, kw_only=True):
     """Multi-head attention with projections: Flax's layer on the fused kernels.
 
@@ -245,6 +271,8 @@ class MultiHeadAttention(_FlashLayer, kw_only=True):
       out_features: features of the result. Default None: those of inputs_q.
       use_bias: whether the four projections add a bias. Default True.
       normalize_qk: LayerNorm (scale only) of each head's queries and keys. Default False.
+      rotary: a `jax_flash.RotaryTable` or a `RotaryEmbedding` layer, which turns queries and keys.
+        Default None.
       dtype: of the computation. Default None: promoted from inputs and parameters.
       param_dtype: of the parameters. Default float32.
       precision: of the projections' products, as in `jax.lax.dot_general`. Default None.
@@ -259,6 +287,7 @@ class MultiHeadAttention(_FlashLayer, kw_only=True):
     out_features: int | None = None
     use_bias: bool = True
     normalize_qk: bool = False
+    rotary: Any = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
@@ -278,11 +307,17 @@ class MultiHeadAttention(_FlashLayer, kw_only=True):
         mask: jax.Array | None = None,
         query_seq_lengths: jax.Array | None = None,
         key_value_seq_lengths: jax.Array | None = None,
+        cu_seqlens: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        offsets: int | jax.Array | None = None,
         is_causal: bool | None = None,
         deterministic: bool | None = None,
         dropout_rng: jax.Array | None = None,
     ) -> jax.Array:
         """Projects, attends, projects back.
+
+        Self-attention with as many kv heads as query heads is projected by one product and read
+        where it lies, unless bias, mask, precision or normalize_qk ask for the parts.
 
         Args:
           inputs_q: [*B, T, D].
@@ -294,56 +329,90 @@ class MultiHeadAttention(_FlashLayer, kw_only=True):
             the lengths.
           query_seq_lengths: int32 [*B]; query rows from there on attend to nothing.
           key_value_seq_lengths: int32 [*B]; keys from there on are not seen.
+          cu_seqlens: int32 [n + 1] or [*B, n + 1]: self-attention within each of n concatenated
+            sequences, T their total. Not together with inputs_k, masks and lengths.
+          positions, offsets: for rotary: where the rows stand, as in `jax_flash.apply_rotary`.
           is_causal, deterministic, dropout_rng: as for `FlashSelfAttention`.
 
         Returns:
           [*B, T, out_features].
 
         Raises:
-          ValueError: num_kv_heads no divisor of num_heads, qkv_features no multiple of it, inputs
-            that do not fit each other, or a bad rate; the message names the argument.
+          TypeError, ValueError: num_kv_heads no divisor of num_heads, qkv_features no multiple of
+            it, inputs that do not fit each other, or a bad rate or table; the message names the
+            argument.
         """
+        seq_lengths = (query_seq_lengths, key_value_seq_lengths)
+        _flax.check_cu_seqlens(
+            cu_seqlens,
+            inputs_k=inputs_k,
+            bias=bias,
+            mask=mask,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+        )
+        in_parts = any(x is not None for x in (inputs_k, inputs_v, bias, mask, self.precision))
         inputs_q, inputs_k, inputs_v = _flax.check_inputs(inputs_q, inputs_k, inputs_v)
         num_kv_heads, head_dim = _flax.check_heads(
             self.num_heads, self.num_kv_heads, self.qkv_features or inputs_q.shape[-1]
         )
-        common = dict(
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-        )
-        project = functools.partial(
-            nn.DenseGeneral, kernel_init=self.kernel_init, bias_init=self.bias_init, **common
-        )
-        query = project((self.num_heads, head_dim), name="query")(inputs_q)
-        key = project((num_kv_heads, head_dim), name="key")(inputs_k)
-        value = project((num_kv_heads, head_dim), name="value")(inputs_v)
-        if self.normalize_qk:
-            normalize = functools.partial(
-                nn.LayerNorm, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype
-            )
-            query = normalize(name="query_ln")(query)
-            key = normalize(name="key_ln")(key)
-        query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
-        out = attention(
-            query,
-            key,
-            value,
-            bias,
-            _flax.as_bool(mask),
-            query_seq_lengths=query_seq_lengths,
-            key_value_seq_lengths=key_value_seq_lengths,
-            **self._options(is_causal, deterministic, dropout_rng),
-        )
+        _flax.check_rotary(self.rotary, head_dim, positions, offsets)
+        places = dict(positions=positions, offsets=offsets, cu_seqlens=cu_seqlens)
+        options = self._options(is_causal, deterministic, dropout_rng)
+        if in_parts or self.normalize_qk or num_kv_heads != self.num_heads:
+            inputs = (inputs_q, inputs_k, inputs_v)
+            query, key, value = self._project(inputs, num_kv_heads, head_dim)
+            query, key = _flax.rotate(self.rotary, query, key, self.implementation, places)
+            out = _flax.attend(query, key, value, bias, mask, cu_seqlens, seq_lengths, options)
+        else:
+            qkv = self._project_packed(inputs_q, head_dim)
+            qkv = _flax.rotate_packed(self.rotary, qkv, self.implementation, places)
+            out = _flax.attend_packed(qkv, cu_seqlens, seq_lengths, options)
         return nn.DenseGeneral(
             self.out_features or inputs_q.shape[-1],
             axis=(-2, -1),
             kernel_init=self.out_kernel_init or self.kernel_init,
             bias_init=self.out_bias_init or self.bias_init,
             name="out",
-            **common,
+            **self._common(),
         )(out)
+
+    def _common(self) -> dict[str, Any]:
+        return dict(
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+        )
+
+    def _project(self, inputs, num_kv_heads: int, head_dim: int) -> tuple[jax.Array, ...]:
+        """Queries [*B, T, N, H], keys and values [*B, S, K, H], of one type."""
+        project = functools.partial(
+            nn.DenseGeneral,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            **self._common(),
+        )
+        query = project((self.num_heads, head_dim), name="query")(inputs[0])
+        key = project((num_kv_heads, head_dim), name="key")(inputs[1])
+        value = project((num_kv_heads, head_dim), name="value")(inputs[2])
+        if self.normalize_qk:
+            normalize = functools.partial(
+                nn.LayerNorm, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype
+            )
+            query = normalize(name="query_ln")(query)
+            key = normalize(name="key_ln")(key)
+        return promote_dtype(query, key, value, dtype=self.dtype)
+
+    def _project_packed(self, inputs: jax.Array, head_dim: int) -> jax.Array:
+        """The same parameters; [*B, T, 3, N, H]."""
+        common = (self.use_bias, self.param_dtype, self.kernel_init, self.bias_init)
+        parameters = []
+        for name in ("query", "key", "value"):
+            projection = _Projection(self.num_heads, head_dim, *common, name=name)
+            parameters += projection(inputs.shape[-1])
+        inputs, *parameters = promote_dtype(inputs, *parameters, dtype=self.dtype)
+        return _flax.project_packed(inputs, parameters[::2], parameters[1::2])
 
 
 def attention_fn(

@@ -96,6 +96,7 @@ class FusedMLP(nn.Module, kw_only=True):
       use_bias: of both layers. Default True.
       activation: as in `FusedDense`. Default "gelu_tanh".
       checkpoint_level: 0, 1 or 2: what is saved for the backward, see `jax_flash.mlp`. Default 0.
+      out_kernel_init: of fc2's kernel. Default None: kernel_init.
       return_residual, dtype, param_dtype, kernel_init, bias_init, implementation: as there.
     """
 
@@ -108,6 +109,7 @@ class FusedMLP(nn.Module, kw_only=True):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = default_kernel_init
+    out_kernel_init: Initializer | None = None
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: str | None = None
 
@@ -120,10 +122,14 @@ class FusedMLP(nn.Module, kw_only=True):
         """
         width = inputs.shape[-1]
         hidden = self.hidden_features or 4 * width
-        common = (self.use_bias, self.param_dtype, self.kernel_init, self.bias_init)
         columns = 2 * hidden if self.activation in GATED else hidden
-        kernel1, bias1 = _Affine(columns, *common, name="fc1")(width)
-        kernel2, bias2 = _Affine(self.out_features or width, *common, name="fc2")(hidden)
+        common = dict(
+            use_bias=self.use_bias, param_dtype=self.param_dtype, bias_init=self.bias_init
+        )
+        fc1 = _Affine(columns, kernel_init=self.kernel_init, name="fc1", **common)
+        out_init = self.out_kernel_init or self.kernel_init
+        fc2 = _Affine(self.out_features or width, kernel_init=out_init, name="fc2", **common)
+        (kernel1, bias1), (kernel2, bias2) = fc1(width), fc2(hidden)
         operands = promote_dtype(inputs, kernel1, bias1, kernel2, bias2, dtype=self.dtype)
         return mlp(
             *operands,

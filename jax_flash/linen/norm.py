@@ -85,6 +85,7 @@ class _DropoutAddNorm(nn.Module, kw_only=True):
         x: jax.Array,
         residual: jax.Array | None = None,
         *,
+        x1: jax.Array | None = None,
         rowscale: jax.Array | float | None = None,
         deterministic: bool | None = None,
         dropout_rng: jax.Array | None = None,
@@ -94,6 +95,7 @@ class _DropoutAddNorm(nn.Module, kw_only=True):
         Args:
           x: [*R, D], what a block computed.
           residual: [*R, D], the stream before it, float32 or x's dtype; None: x begins it.
+          x1: [*R, D], a second branch, which a parallel TransformerBlock returns beside x.
           rowscale: a float or [*R], such as drop path's 0 or 1 / (1 - rate).
           deterministic: see the attribute.
           dropout_rng: a key, instead of the stream "dropout".
@@ -120,6 +122,7 @@ class _DropoutAddNorm(nn.Module, kw_only=True):
             residual,
             *_flax.in_float32(scale, bias),
             layerscale=_flax.in_float32(factor)[0],
+            x1=x1,
             rowscale=rowscale,
             epsilon=self.epsilon,
             dropout_rate=self.dropout_rate if dropping else 0.0,

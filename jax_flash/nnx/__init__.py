@@ -2,6 +2,7 @@
 
     attention   FlashSelfAttention, FlashCrossAttention, FlashBlocksparseAttention,
                 MultiHeadAttention, and attention_fn for Flax's own layers
+    block       TransformerBlock
     dense       FusedDense, FusedMLP
     norm        RMSNorm, DropoutAddLayerNorm, DropoutAddRMSNorm
     rotary      RotaryEmbedding
@@ -24,6 +25,7 @@ from jax_flash.nnx.attention import (
     MultiHeadAttention,
     attention_fn,
 )
+from jax_flash.nnx.block import TransformerBlock
 from jax_flash.nnx.dense import FusedDense, FusedMLP
 from jax_flash.nnx.norm import DropoutAddLayerNorm, DropoutAddRMSNorm, RMSNorm
 from jax_flash.nnx.rotary import RotaryEmbedding
@@ -39,5 +41,6 @@ __all__ = [
     "MultiHeadAttention",
     "RMSNorm",
     "RotaryEmbedding",
+    "TransformerBlock",
     "attention_fn",
 ]

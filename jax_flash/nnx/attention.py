@@ -20,7 +20,6 @@ from flax.nnx.nn.linear import default_kernel_init
 from jax.typing import ArrayLike
 
 from jax_flash import _flax
-from jax_flash.attention import attention
 
 __all__ = [
     "FlashBlocksparseAttention",
@@ -280,6 +279,13 @@ class FlashBlocksparseAttention(_FlashLayer):
         )
 
 
+class _Constant:
+    """Holds arrays that are no part of a layer's state: NNX does not look inside."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
 class MultiHeadAttention(_FlashLayer):
     """Multi-head attention with projections: Flax's layer on the fused kernels.
 
@@ -303,6 +309,8 @@ class MultiHeadAttention(_FlashLayer):
       in_kv_features: features of inputs_k and inputs_v. Default None: in_features.
       use_bias: whether the four projections add a bias. Default True.
       normalize_qk: LayerNorm (scale only) of each head's queries and keys. Default False.
+      rotary: a `jax_flash.RotaryTable` or a `RotaryEmbedding` layer, which turns queries and keys.
+        Default None.
       dtype: of the computation. Default None: promoted from inputs and parameters.
       param_dtype: of the parameters. Default float32.
       precision: of the projections' products, as in `jax.lax.dot_general`. Default None.
@@ -327,6 +335,7 @@ class MultiHeadAttention(_FlashLayer):
         *,
         use_bias: bool = True,
         normalize_qk: bool = False,
+        rotary: Any = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: Any = None,
@@ -346,7 +355,10 @@ class MultiHeadAttention(_FlashLayer):
         self.num_kv_heads, self.head_dim = _flax.check_heads(
             num_heads, num_kv_heads, self.qkv_features
         )
+        _flax.check_rotary(rotary, self.head_dim, None, None)
+        self.rotary = rotary if isinstance(rotary, nnx.Module) else _Constant(rotary)
         self.dtype = dtype
+        self.precision = precision
 
         common = dict(
             use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
@@ -387,11 +399,17 @@ class MultiHeadAttention(_FlashLayer):
         mask: jax.Array | None = None,
         query_seq_lengths: jax.Array | None = None,
         key_value_seq_lengths: jax.Array | None = None,
+        cu_seqlens: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        offsets: int | jax.Array | None = None,
         is_causal: bool | None = None,
         deterministic: bool | None = None,
         rngs: RandomSource | None = None,
     ) -> jax.Array:
         """Projects, attends, projects back.
+
+        Self-attention with as many kv heads as query heads is projected by one product and read
+        where it lies, unless bias, mask, precision or normalize_qk ask for the parts.
 
         Args:
           inputs_q: [*B, T, in_features].
@@ -403,6 +421,9 @@ class MultiHeadAttention(_FlashLayer):
             the lengths.
           query_seq_lengths: int32 [*B]; query rows from there on attend to nothing.
           key_value_seq_lengths: int32 [*B]; keys from there on are not seen.
+          cu_seqlens: int32 [n + 1] or [*B, n + 1]: self-attention within each of n concatenated
+            sequences, T their total. Not together with inputs_k, masks and lengths.
+          positions, offsets: for rotary: where the rows stand, as in `jax_flash.apply_rotary`.
           is_causal, deterministic, rngs: override the constructor's where not None.
 
         Returns:
@@ -412,6 +433,16 @@ class MultiHeadAttention(_FlashLayer):
           ValueError: inputs that do not fit each other or the layer, or dropout with no
             `deterministic` or no `rngs` anywhere; the message names the argument.
         """
+        seq_lengths = (query_seq_lengths, key_value_seq_lengths)
+        _flax.check_cu_seqlens(
+            cu_seqlens,
+            inputs_k=inputs_k,
+            bias=bias,
+            mask=mask,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+        )
+        in_parts = any(x is not None for x in (inputs_k, inputs_v, bias, mask, self.precision))
         inputs_q, inputs_k, inputs_v = _flax.check_inputs(inputs_q, inputs_k, inputs_v)
         for name, array, features in (
             ("inputs_q", inputs_q, self.in_features),
@@ -422,21 +453,30 @@ class MultiHeadAttention(_FlashLayer):
                 raise ValueError(
                     f"{name}: expected {features} features, got shape {list(array.shape)}"
                 )
-        query, key, value = self.query(inputs_q), self.key(inputs_k), self.value(inputs_v)
-        if self.query_ln is not None:
-            query, key = self.query_ln(query), self.key_ln(key)
-        query, key, value = dtypes.promote_dtype((query, key, value), dtype=self.dtype)
-        out = attention(
-            query,
-            key,
-            value,
-            bias,
-            _flax.as_bool(mask),
-            query_seq_lengths=query_seq_lengths,
-            key_value_seq_lengths=key_value_seq_lengths,
-            **self._options(is_causal, deterministic, rngs),
-        )
+        rotary = self.rotary.value if isinstance(self.rotary, _Constant) else self.rotary
+        _flax.check_rotary(rotary, self.head_dim, positions, offsets)
+        places = dict(positions=positions, offsets=offsets, cu_seqlens=cu_seqlens)
+        options = self._options(is_causal, deterministic, rngs)
+        if in_parts or self.query_ln is not None or self.num_kv_heads != self.num_heads:
+            query, key, value = self.query(inputs_q), self.key(inputs_k), self.value(inputs_v)
+            if self.query_ln is not None:
+                query, key = self.query_ln(query), self.key_ln(key)
+            query, key, value = dtypes.promote_dtype((query, key, value), dtype=self.dtype)
+            query, key = _flax.rotate(rotary, query, key, self.implementation, places)
+            out = _flax.attend(query, key, value, bias, mask, cu_seqlens, seq_lengths, options)
+        else:
+            qkv = self._project_packed(inputs_q)
+            qkv = _flax.rotate_packed(rotary, qkv, self.implementation, places)
+            out = _flax.attend_packed(qkv, cu_seqlens, seq_lengths, options)
         return self.out(out)
+
+    def _project_packed(self, inputs: jax.Array) -> jax.Array:
+        """Queries, keys and values by one product: [*B, T, 3, N, H]."""
+        layers = (self.query, self.key, self.value)
+        kernels = (layer.kernel[...] for layer in layers)
+        biases = (None if layer.bias is None else layer.bias[...] for layer in layers)
+        inputs, *parameters = dtypes.promote_dtype((inputs, *kernels, *biases), dtype=self.dtype)
+        return _flax.project_packed(inputs, parameters[:3], parameters[3:])
 
 
 def attention_fn(

@@ -91,6 +91,7 @@ class FusedMLP(nnx.Module):
       activation: as in `FusedDense`. Default "gelu_tanh".
       checkpoint_level: 0, 1 or 2: what is saved for the backward, see `jax_flash.mlp`. Default 0.
       return_residual: the input comes back too. Default False.
+      out_kernel_init: of fc2's kernel. Default None: kernel_init.
       use_bias, dtype, param_dtype, kernel_init, bias_init, rngs: as in nnx.Linear, of both layers.
       implementation: None or "xla".
     """
@@ -108,6 +109,7 @@ class FusedMLP(nnx.Module):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: Initializer = default_kernel_init,
+        out_kernel_init: Initializer | None = None,
         bias_init: Initializer = default_bias_init,
         implementation: str | None = None,
         rngs: nnx.Rngs,
@@ -117,12 +119,17 @@ class FusedMLP(nnx.Module):
             use_bias=use_bias,
             dtype=dtype,
             param_dtype=param_dtype,
-            kernel_init=kernel_init,
             bias_init=bias_init,
             rngs=rngs,
         )
-        self.fc1 = nnx.Linear(in_features, 2 * hidden if activation in GATED else hidden, **options)
-        self.fc2 = nnx.Linear(hidden, out_features or in_features, **options)
+        columns = 2 * hidden if activation in GATED else hidden
+        self.fc1 = nnx.Linear(in_features, columns, kernel_init=kernel_init, **options)
+        self.fc2 = nnx.Linear(
+            hidden,
+            out_features or in_features,
+            kernel_init=out_kernel_init or kernel_init,
+            **options,
+        )
         self.activation = activation
         self.checkpoint_level = checkpoint_level
         self.return_residual = return_residual

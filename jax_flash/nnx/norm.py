@@ -131,6 +131,7 @@ class _DropoutAddNorm(nnx.Module):
         x: jax.Array,
         residual: jax.Array | None = None,
         *,
+        x1: jax.Array | None = None,
         rowscale: jax.Array | float | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
@@ -140,6 +141,7 @@ class _DropoutAddNorm(nnx.Module):
         Args:
           x: [*R, D], what a block computed.
           residual: [*R, D], the stream before it, float32 or x's dtype; None: x begins it.
+          x1: [*R, D], a second branch, which a parallel TransformerBlock returns beside x.
           rowscale: a float or [*R], such as drop path's 0 or 1 / (1 - rate).
           deterministic, rngs: override the constructor's where not None.
 
@@ -164,6 +166,7 @@ class _DropoutAddNorm(nnx.Module):
             scale,
             bias,
             layerscale=factor,
+            x1=x1,
             rowscale=rowscale,
             epsilon=self.epsilon,
             dropout_rate=0.0 if key is None else self.dropout_rate,

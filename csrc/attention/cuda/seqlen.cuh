@@ -9,9 +9,12 @@
 #pragma once
 
 #include "attention/params.h"
+#include "device/batch.cuh"
 #include "device/warp.cuh"
 
 namespace jax_flash::attention {
+
+using device::BatchIndex;
 
 enum class Axis { kQuery, kKey };
 
@@ -23,25 +26,6 @@ __host__ __device__ inline int64_t num_slots(const Problem& p, int64_t total, in
 __host__ __device__ inline int64_t num_batches(const Problem& p) {
   return p.batch_shape[0] * p.batch_shape[1] * p.batch_shape[2];
 }
-
-// One entry of the leading batch axes.
-struct BatchIndex {
-  uint32_t axis[kBatchDims];
-
-  __device__ BatchIndex(const Problem& p, uint32_t flat) {
-    const uint32_t b1 = p.batch_shape[1], b2 = p.batch_shape[2];
-    axis[2] = flat % b2;
-    axis[1] = flat / b2 % b1;
-    axis[0] = flat / b2 / b1;
-  }
-  __device__ int64_t offset(const BatchStrides& b) const {
-    return axis[0] * b.stride[0] + axis[1] * b.stride[1] + axis[2] * b.stride[2];
-  }
-  template <typename T>
-  __device__ const T* of(const PerBatch<T>& vector) const {
-    return vector.data == nullptr ? nullptr : vector.data + offset(vector.batch);
-  }
-};
 
 // Element (row, head, 0) of a tensor.
 template <typename Element, typename Void>

@@ -5,10 +5,9 @@
 #pragma once
 
 #include "attention/cuda/dropout.cuh"
-#include "attention/cuda/sm90/backward_common.cuh"
+#include "attention/cuda/sm90/backward_consumer.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
 #include "attention/cuda/sm90/backward_supply.cuh"
-#include "device/element.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
 #include "ptx/wgmma.cuh"
@@ -26,9 +25,7 @@ struct SupplierTraits {
   static constexpr int kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kSupplierRegisters = 72, kConsumerRegisters = 216;
-  // dQ is made in blocks of 64 queries x kDqDims dims.
-  static constexpr int kDqDims = 64, kDqBlocks = kBlockM / 64 * (kHeadDim / kDqDims);
-  static constexpr bool kAddsByCopy = true;
+  static constexpr int kDqBlocks = kBlockM / 64 * (kHeadDim / 64);  // of 64 queries x 64 dims
 
   using KeyTile = device::SharedTile<kBlockN, kHeadDim>;
   using QueryTile = device::SharedTile<kBlockM, kHeadDim>;
@@ -88,7 +85,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
   using GradientTile = typename Traits::GradientTile;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kHeadDim = Traits::kHeadDim;
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad_lane = lane % 4;
+  const int thread = threadIdx.x % 128;
   const int warp_row = 64 * consumer + thread / 32 * 16;  // of the key tile
   const float scale_log2 = a.p.scale * 1.4426950408889634f;
 
@@ -111,18 +108,6 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
           b + k / 4 * (QueryTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16, k > 0);
     }
   };
-  // dV += P^T dO or dK += dS^T Q.
-  const auto accumulate = [&](float (&rD)[kHeadDim / 8][4], uint32_t (&rA)[kBlockM / 16][4],
-                              const QueryTile& queries) {
-    const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&queries, QueryTile::kSlabBytes);
-    ptx::wgmma_pin(rD);
-    ptx::wgmma_pin(rA);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kBlockM / 16; ++k) {
-      ptx::wgmma<Element, true>(rD, rA[k], b + k * ptx::kRows16, true);
-    }
-  };
 
   Ring<Traits::kStages> ring;
   Ring<2> ds_ring;
@@ -139,25 +124,14 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
       float rS[kBlockM / 8][4], rDP[kBlockM / 8][4];
       uint32_t rP[kBlockM / 16][4], rDS[kBlockM / 16][4];
       // S of a step -> P in 16 bits.
-      const auto exponentiate = [&] {
+      const auto make_probabilities = [&] {
         const typename Traits::Step& step = smem.steps[ring.stage];
         ptx::wgmma_pin(rS);
         if (!step.is_full) {
           mask_scores(rS, s, BlockMask(a.p.mask, place.batch, step.head), s.first_row + warp_row,
                       step.row);
         }
-#pragma unroll
-        for (int j = 0; j < kBlockM / 16; ++j) {
-          const float4 lse =
-              *reinterpret_cast<const float4*>(&smem.lse[ring.stage][16 * j + 4 * quad_lane]);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float low = e % 2 == 0 ? lse.x : lse.y, high = e % 2 == 0 ? lse.z : lse.w;
-            rS[2 * j][e] = ptx::exp2_approx(fmaf(rS[2 * j][e], scale_log2, -low));
-            rS[2 * j + 1][e] = ptx::exp2_approx(fmaf(rS[2 * j + 1][e], scale_log2, -high));
-          }
-          device::pack_operand<Element>(rP[j], rS[2 * j], rS[2 * j + 1]);
-        }
+        exponentiate<Element>(rS, rP, smem.lse[ring.stage], scale_log2);
       };
       ptx::mbarrier_wait(smem.k_full, key_phase);
       ptx::mbarrier_wait(smem.q_full[ring.stage], ring.phase);
@@ -172,12 +146,12 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
         const int stage = ring.stage;
         ptx::wgmma_wait<0>();
         ptx::named_barrier_sync(static_cast<int>(SupplierBarrier::kTurn) + consumer, 256);
-        exponentiate();
+        make_probabilities();
         ptx::named_barrier_arrive(static_cast<int>(SupplierBarrier::kTurn) + 1 - consumer, 256);
         ptx::mbarrier_wait(smem.dout_full[ring.stage], ring.phase);
         multiply_keys(rDP, smem.v, smem.dout[ring.stage]);
         ptx::wgmma_commit();
-        accumulate(rDV, rP, smem.dout[stage]);
+        accumulate<Element>(rDV, rP, smem.dout[stage]);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDP);
@@ -188,16 +162,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
             ds, device::LdmatrixAddress<ScoreTile>::Order::kRowsFirst, warp_row);
 #pragma unroll
         for (int j = 0; j < kBlockM / 16; ++j) {
-          const float4 delta =
-              *reinterpret_cast<const float4*>(&smem.delta[stage][16 * j + 4 * quad_lane]);
-#pragma unroll
-          for (int word = 0; word < 4; ++word) {
-            const float (&dp)[4] = rDP[2 * j + word / 2];
-            const float even = word < 2 ? delta.x : delta.z, odd = word < 2 ? delta.y : delta.w;
-            rDS[j][word] = device::multiply<Element>(
-                rP[j][word],
-                device::pack<Element>(dp[word % 2 * 2] - even, dp[word % 2 * 2 + 1] - odd));
-          }
+          differentiate<Element>(rDP, rP[j], smem.delta[stage], j, rDS[j]);
           ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
         }
         const bool is_last = smem.steps[stage].is_last;
@@ -207,7 +172,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
         ds_ring.advance();
 
         // dK, and the next step's S and dP behind it.
-        accumulate(rDK, rDS, smem.q[stage]);
+        accumulate<Element>(rDK, rDS, smem.q[stage]);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDV);
@@ -240,48 +205,20 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
     const int own_barrier = static_cast<int>(SupplierBarrier::kOwn) + consumer;
     const int rows = s.key_rows - s.first_row - 64 * consumer;
     const auto store = [&](const float (&rD)[kHeadDim / 8][4], float scale, const Tensor& tensor,
-                           int cols) {
-      const device::LdmatrixAddress<GradientTile> address(
-          gradient, device::LdmatrixAddress<GradientTile>::Order::kRowsFirst, thread / 32 * 16);
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 16; ++j) {
-        uint32_t packed[4];
-        float left[4], right[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          left[e] = rD[2 * j][e] * scale;
-          right[e] = rD[2 * j + 1][e] * scale;
-        }
-        device::pack_operand<Element>(packed, left, right);
-        ptx::stmatrix_x4(address(0, 16 * j), packed);
-      }
-      ptx::named_barrier_sync(own_barrier, 128);  // The tile is written before others copy it.
+                           int64_t cols) {
       Element* destination = element_pointer<Element>(
           tensor, place.batch, s.key_start + s.first_row + 64 * consumer, place.kv_head);
-      constexpr int kChunks = kHeadDim / 8;
-      const int col = thread % kChunks * 8;
-#pragma unroll
-      for (int first = 0; first < 64; first += 128 / kChunks) {
-        const int row = first + thread / kChunks;
-        if (row < rows && col < cols) {
-          *reinterpret_cast<uint4*>(destination + row * tensor.row_stride + col) =
-              *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(gradient.data) +
-                                              GradientTile::offset(row, col));
-        }
-      }
-      ptx::named_barrier_sync(own_barrier, 128);  // The tile is copied before it is written again.
+      store_gradient<Element>(gradient, rD, scale, destination, tensor.row_stride, rows,
+                              static_cast<int>(cols), own_barrier);
     };
     if (place.dkv_sum == nullptr) {
       const float dropout = dropout_scale(a.p.dropout);
-      store(rDV, dropout, a.p.dv, static_cast<int>(a.p.value_dim));
-      store(rDK, a.p.scale * dropout, a.p.dk, static_cast<int>(a.p.head_dim));
+      store(rDV, dropout, a.p.dv, a.p.value_dim);
+      store(rDK, a.p.scale * dropout, a.p.dk, a.p.head_dim);
     } else {
-      float4* sum = reinterpret_cast<float4*>(place.dkv_sum) + consumer * (16 * kHeadDim) + thread;
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        sum[n * 128] = {rDK[n][0], rDK[n][1], rDK[n][2], rDK[n][3]};
-        sum[a.plan.dkv_elements / 4 + n * 128] = {rDV[n][0], rDV[n][1], rDV[n][2], rDV[n][3]};
-      }
+      float* const sum = place.dkv_sum + consumer * (64 * kHeadDim);
+      store_sum(sum, rDK);
+      store_sum(sum + a.plan.dkv_elements, rDV);
     }
     sync_consumers();  // Everyone has left the tile and the place of dS.
     if (consumer == 0 && thread == 0) ptx::mbarrier_arrive(smem.place_empty[t % 2]);

@@ -2,15 +2,14 @@
 // keys, so that the two consumers share the work by its nature:
 //   consumer 0   S^T = K Q^T,  P,   dV += P^T dO
 //   consumer 1   dP^T = V dO^T,  dS = P * (dP - delta),   dK += dS^T Q
-// P goes from one to the other through shared memory; the first warpgroup brings the operands and
-// makes dQ (backward_supply.cuh). docs/kernels/hopper_backward.md.
+// P goes from one to the other through shared memory. A third warpgroup makes dQ and adds it to the
+// sums, a warp of a fourth brings the operands. docs/kernels/hopper_backward.md.
 #pragma once
 
 #include "attention/cuda/dropout.cuh"
-#include "attention/cuda/sm90/backward_common.cuh"
+#include "attention/cuda/sm90/backward_consumer.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
-#include "attention/cuda/sm90/backward_supply.cuh"
-#include "device/element.cuh"
+#include "attention/cuda/sm90/backward_wide_supply.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
 #include "ptx/wgmma.cuh"
@@ -23,11 +22,9 @@ struct WideTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = 64, kBlockN = 64;  // queries of a step, keys of the CTA
   static constexpr int kStages = 2;                 // Q and dO tiles in shared memory
-  static constexpr int kThreads = 384;
-  // 3 x 168 registers a thread of each warpgroup's rank at launch.
-  static constexpr int kSupplierRegisters = 88, kConsumerRegisters = 208;
-  static constexpr int kDqDims = 64, kDqBlocks = kHeadDim / kDqDims;
-  static constexpr bool kAddsByCopy = false;  // shared memory is full
+  static constexpr int kThreads = 512;
+  // 4 x 128 registers a thread of each warpgroup's rank at launch.
+  static constexpr int kProducerRegisters = 32, kDqRegisters = 64, kConsumerRegisters = 208;
 
   using KeyTile = device::SharedTile<kBlockN, kHeadDim>;
   using QueryTile = device::SharedTile<kBlockM, kHeadDim>;
@@ -56,7 +53,7 @@ template <class Traits>
 __device__ __forceinline__ void initialise_wide_barriers(typename Traits::Smem& smem) {
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(smem.place_full[i], 1);
-    ptx::mbarrier_init(smem.place_empty[i], 8);
+    ptx::mbarrier_init(smem.place_empty[i], 12);
     ptx::mbarrier_init(smem.p_full[i], 4);
     ptx::mbarrier_init(smem.p_empty[i], 4);
     ptx::mbarrier_init(smem.ds_full[i], 4);
@@ -137,20 +134,27 @@ class WideConsumer {
   // dV += P^T dO or dK += dS^T Q.
   __device__ __forceinline__ static void accumulate(Gradient& rD, Operand& rA,
                                                     const QueryTile& queries) {
+    // Two halves: ptxas refuses an instruction with 128 accumulators in a kernel of 512 threads.
+    constexpr int kHalf = kHeadDim / 16;
+    auto& left = reinterpret_cast<float (&)[kHalf][4]>(rD[0]);
+    auto& right = reinterpret_cast<float (&)[kHalf][4]>(rD[kHalf]);
     const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&queries, QueryTile::kSlabBytes);
     ptx::wgmma_pin(rD);
     ptx::wgmma_pin(rA);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
-      ptx::wgmma<Element, true>(rD, rA[k], b + k * ptx::kRows16, true);
+      ptx::wgmma<Element, true>(left, rA[k], b + k * ptx::kRows16, true);
+      ptx::wgmma<Element, true>(
+          right, rA[k], b + (kHeadDim / 128 * (QueryTile::kSlabBytes >> 4) + k * ptx::kRows16),
+          true);
     }
     ptx::wgmma_commit();
   }
 
   __device__ __forceinline__ void pass_values(const KeyTilePlace& place, Gradient& rDV) {
     const float scale_log2 = a_.p.scale * 1.4426950408889634f;
-    const int warp_row = thread() / 32 * 16, quad_lane = threadIdx.x % 4;
+    const int warp_row = thread() / 32 * 16;
     const Sequence& s = place.sequence;
     Scores rS;
     Operand rP;
@@ -167,18 +171,7 @@ class WideConsumer {
         mask_scores(rS, s, BlockMask(a_.p.mask, place.batch, step.head), s.first_row + warp_row,
                     step.row);
       }
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        const float4 lse =
-            *reinterpret_cast<const float4*>(&smem_.lse[stage][16 * j + 4 * quad_lane]);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float low = e % 2 == 0 ? lse.x : lse.y, high = e % 2 == 0 ? lse.z : lse.w;
-          rS[2 * j][e] = ptx::exp2_approx(fmaf(rS[2 * j][e], scale_log2, -low));
-          rS[2 * j + 1][e] = ptx::exp2_approx(fmaf(rS[2 * j + 1][e], scale_log2, -high));
-        }
-        device::pack_operand<Element>(rP[j], rS[2 * j], rS[2 * j + 1]);
-      }
+      exponentiate<Element>(rS, rP, smem_.lse[stage], scale_log2);
       const bool is_last = step.is_last;
       ptx::mbarrier_wait(smem_.p_empty[score_ring_.stage], score_ring_.phase ^ 1);
 #pragma unroll
@@ -210,7 +203,7 @@ class WideConsumer {
   }
 
   __device__ __forceinline__ void pass_keys(const KeyTilePlace& place, Gradient& rDK) {
-    const int warp_row = thread() / 32 * 16, quad_lane = threadIdx.x % 4;
+    const int warp_row = thread() / 32 * 16;
     Scores rDP;
     Operand rDS;
     ptx::mbarrier_wait(smem_.v_full, key_phase_);
@@ -228,18 +221,9 @@ class WideConsumer {
           warp_row);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
-        const float4 delta =
-            *reinterpret_cast<const float4*>(&smem_.delta[stage][16 * j + 4 * quad_lane]);
         const uint4 p = smem_.p[score_ring_.stage][j][thread()];
         const uint32_t pairs[4] = {p.x, p.y, p.z, p.w};
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          const float (&dp)[4] = rDP[2 * j + word / 2];
-          const float even = word < 2 ? delta.x : delta.z, odd = word < 2 ? delta.y : delta.w;
-          rDS[j][word] = device::multiply<Element>(
-              pairs[word],
-              device::pack<Element>(dp[word % 2 * 2] - even, dp[word % 2 * 2 + 1] - odd));
-        }
+        differentiate<Element>(rDP, pairs, smem_.delta[stage], j, rDS[j]);
       }
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
@@ -282,13 +266,7 @@ class WideConsumer {
   __device__ __forceinline__ void store(const KeyTilePlace& place, const Gradient& rD) {
     constexpr int kChunks = kHeadDim / 8;
     if (place.dkv_sum != nullptr) {
-      float4* sum =
-          reinterpret_cast<float4*>(place.dkv_sum + (kIsValue ? a_.plan.dkv_elements : 0)) +
-          thread();
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        sum[n * 128] = {rD[n][0], rD[n][1], rD[n][2], rD[n][3]};
-      }
+      store_sum(place.dkv_sum + (kIsValue ? a_.plan.dkv_elements : 0), rD);
       return;
     }
     const Sequence& s = place.sequence;
@@ -297,23 +275,10 @@ class WideConsumer {
     const int rows = s.key_rows - s.first_row, col = thread() % kChunks * 8;
     const bool has_steps = place.num_steps > 0;
     KeyTile& tile = kIsValue ? smem_.v : smem_.k;
-    const int barrier = static_cast<int>(SupplierBarrier::kOwn) + (kIsValue ? 0 : 1);
+    const int barrier = kIsValue ? 1 : 2;
     if (has_steps) {
       const float scale = dropout_scale(a_.p.dropout) * (kIsValue ? 1.0f : a_.p.scale);
-      const device::LdmatrixAddress<KeyTile> address(
-          tile, device::LdmatrixAddress<KeyTile>::Order::kRowsFirst, thread() / 32 * 16);
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 16; ++j) {
-        uint32_t packed[4];
-        float left[4], right[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          left[e] = rD[2 * j][e] * scale;
-          right[e] = rD[2 * j + 1][e] * scale;
-        }
-        device::pack_operand<Element>(packed, left, right);
-        ptx::stmatrix_x4(address(0, 16 * j), packed);
-      }
+      stage_gradient<Element>(tile, rD, scale);
       ptx::named_barrier_sync(barrier, 128);  // The tile is written before others copy it.
     }
     Element* destination =
@@ -349,9 +314,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) initialise_wide_barriers<Traits>(smem);
   __syncthreads();  // The barriers exist.
   if (warpgroup == 0) {
-    ptx::give_registers<Traits::kSupplierRegisters>();
-    supply<Traits>(a, smem);
+    ptx::give_registers<Traits::kProducerRegisters>();
+    if (threadIdx.x < 32) bring_operands<Traits>(a, smem);
   } else if (warpgroup == 1) {
+    ptx::give_registers<Traits::kDqRegisters>();
+    make_dq<Traits>(a, smem);
+  } else if (warpgroup == 2) {
     ptx::take_registers<Traits::kConsumerRegisters>();
     WideConsumer<Traits>(a, smem).template run<true>();
   } else {

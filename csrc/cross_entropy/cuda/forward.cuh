@@ -1,0 +1,157 @@
+// lse, the label's logit and the sum of all logits of each row, in one pass over the row.
+//
+// A thread keeps the sum of exponentials relative to the largest logit it has seen; at the end the
+// threads of a row agree on the largest of all. docs/kernels/cross_entropy.md has the figures.
+#pragma once
+
+#include <cfloat>
+
+#include "cross_entropy/cuda/row.cuh"
+#include "device/warp.cuh"
+#include "ptx/sm80.cuh"
+
+namespace jax_flash::cross_entropy {
+
+// sum = sum exp(scale * (x - reference)), where `reference` is the x of the largest scale * x: the
+// largest x or, of a negative scale, the smallest. It is finite: a row whose z are -inf has sum 0,
+// one with +inf has sum +inf, and NaN stays NaN.
+template <bool kNegativeScale>
+struct ExpSum {
+  static constexpr float kLowest = kNegativeScale ? FLT_MAX : -FLT_MAX;     // z is lowest there
+  static constexpr float kNothing = kNegativeScale ? INFINITY : -INFINITY;  // exp(z) is 0 there
+
+  float reference = kLowest, sum = 0.0f;
+
+  __device__ __forceinline__ static float top(float a, float b) {
+    return kNegativeScale ? fminf(a, b) : fmaxf(a, b);
+  }
+  // factor: scale * log2(e)
+  __device__ __forceinline__ void rescale(float largest, float factor) {
+    const float next = fminf(fmaxf(top(reference, largest), -FLT_MAX), FLT_MAX);
+    sum *= ptx::exp2_approx((reference - next) * factor);
+    reference = next;
+  }
+  template <int kRows, int kSize>
+  __device__ __forceinline__ void add(const float (&x)[kRows][kSize], float factor) {
+    float largest = x[0][0];
+#pragma unroll
+    for (int i = 1; i < kRows * kSize; ++i) largest = top(largest, x[i / kSize][i % kSize]);
+    rescale(largest, factor);
+#pragma unroll
+    for (int i = 0; i < kRows * kSize; ++i) {
+      sum += ptx::exp2_approx((x[i / kSize][i % kSize] - reference) * factor);
+    }
+  }
+  // Over lanes that share a row; each gets the result.
+  template <int kLanes>
+  __device__ __forceinline__ void combine(const device::Lanes<kLanes>& lanes, float factor) {
+    rescale(kNegativeScale ? -lanes.max(-reference) : lanes.max(reference), factor);
+    sum = lanes.sum(sum);
+  }
+};
+
+// Two elements of 16 bits, or one of 32.
+template <typename Element>
+__device__ __forceinline__ uint32_t bits_of_word(float x) {
+  if constexpr (sizeof(Element) == 2) {
+    return device::pack<Element>(x, x);
+  } else {
+    return __float_as_uint(x);
+  }
+}
+
+template <typename Element, bool kTotal, bool kNegativeScale, int kThreads, int kUnroll,
+          int kBlocks>
+__global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBlocks)
+    forward_kernel(const __grid_constant__ ForwardParams p) {
+  using Sum = ExpSum<kNegativeScale>;
+  constexpr int kSize = 16 / sizeof(Element), kWarps = kThreads <= 32 ? 1 : kThreads / 32;
+  __shared__ float warp_references[kWarps], warp_sums[kWarps], warp_totals[kWarps];
+
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (kThreads <= 32 ? blockDim.y : 1) + threadIdx.y;
+  if (row >= p.rows) return;
+  const int64_t first = row * p.vocabulary;
+  const Element* logits = static_cast<const Element*>(p.logits) + first;
+  const Columns<kSize> columns(first, p.vocabulary);
+  const int thread = threadIdx.x;
+  const float factor = p.scale * kLog2e;
+
+  // Tiles of kUnroll vectors a thread: the next one is on its way while this one is summed. What
+  // lies outside of the row adds nothing.
+  const uint4* source = reinterpret_cast<const uint4*>(logits + columns.origin) + thread;
+  const uint32_t nothing = bits_of_word<Element>(Sum::kNothing);
+  uint4 next[kUnroll];
+  const auto load = [&](int i) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      next[u] = {nothing, nothing, nothing, nothing};
+      if (columns.has(i + u * kThreads)) next[u] = __ldcs(source + u * kThreads);
+    }
+    source += kUnroll * kThreads;
+  };
+  load(thread);
+
+  const int32_t label = p.labels[row];
+  if (label == kIgnored) {
+    if (thread == 0) {
+      p.lse[row] = INFINITY;
+      p.label_logit[row] = 0.0f;
+      if (kTotal) p.total[row] = 0.0f;
+    }
+    return;
+  }
+  const bool is_class = label >= 0 && label < p.vocabulary;
+  const float label_logit = thread == 0 && is_class ? device::to_float(logits[label]) : 0.0f;
+
+  Sum exp_sum;
+  float total = 0.0f;
+  const auto take_one = [&](int column) {
+    const float x[1][1] = {{column < 0 ? Sum::kNothing : device::to_float(logits[column])}};
+    if (kTotal && column >= 0) total += x[0][0];
+    exp_sum.add(x, factor);
+  };
+  take_one(columns.head_column(thread));
+  take_one(columns.tail_column(thread));
+  for (int i = thread; i < columns.end; i += kUnroll * kThreads) {
+    float x[kUnroll][kSize];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) to_floats<Element>(next[u], x[u]);
+    load(i + kUnroll * kThreads);
+    exp_sum.add(x, factor);
+    if (kTotal) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (!columns.has(i + u * kThreads)) continue;
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) total += x[u][j];
+      }
+    }
+  }
+
+  // The threads of the row.
+  const device::Lanes<kThreads <= 32 ? kThreads : 32> lanes;
+  exp_sum.combine(lanes, factor);
+  if (kTotal) total = lanes.sum(total);
+  if constexpr (kThreads > 32) {
+    if (thread % 32 == 0) {
+      warp_references[thread / 32] = exp_sum.reference;
+      warp_sums[thread / 32] = exp_sum.sum;
+      warp_totals[thread / 32] = total;
+    }
+    __syncthreads();  // the first warp reads what all have written
+    if (thread >= 32) return;
+    const bool exists = thread < kWarps;
+    exp_sum.reference = exists ? warp_references[thread] : Sum::kLowest;
+    exp_sum.sum = exists ? warp_sums[thread] : 0.0f;
+    exp_sum.combine(lanes, factor);
+    if (kTotal) total = lanes.sum(exists ? warp_totals[thread] : 0.0f);
+  }
+  if (thread == 0) {
+    p.lse[row] = fmaf(exp_sum.reference, p.scale, logf(exp_sum.sum));
+    p.label_logit[row] = label_logit * p.scale;
+    if (kTotal) p.total[row] = total * p.scale;
+  }
+}
+
+}  // namespace jax_flash::cross_entropy

@@ -1,0 +1,37 @@
+// What one call of the rotary embedding is, independent of XLA.
+//
+//   out1 = x1 cos - x2 sin,  out2 = x1 sin + x2 cos     for the pairs (x1, x2) of each head
+//
+// A row at position p takes row p of the tables; at p < 0 it is copied, at p >= length it is NaN.
+// Elements beyond the pairs are copied.
+#pragma once
+
+#include <cstdint>
+
+#include "common/batch.h"
+#include "common/dtype.h"
+
+namespace jax_flash::rotary {
+
+struct Table {
+  PerBatch<float> cos, sin;  // [batch, length, pairs]
+};
+
+struct Params {
+  DType dtype = DType::kF32;
+  bool is_interleaved = false;  // pairs (2 j, 2 j + 1), not (j, j + pairs)
+  bool is_conjugate = false;    // sin counts with the other sign
+  int64_t batch_shape[kBatchDims] = {1, 1, 1};
+  int64_t rows = 0;  // of a batch entry
+  int32_t heads = 0, head_dim = 0;
+  int32_t pairs = 0;   // of a head that are turned
+  int32_t kinds = 1;   // 2: queries and keys, of rows that hold values as well
+  int64_t length = 0;  // of the tables
+
+  const void* x = nullptr;  // [batch, rows, heads, head_dim], or [batch, rows, 3, heads, head_dim]
+  void* out = nullptr;      // alike; may be x, and is where there are values
+  Table tables[2];          // of queries, of keys
+  PerBatch<int32_t> positions;  // [batch, rows]
+};
+
+}  // namespace jax_flash::rotary

@@ -1,0 +1,24 @@
+// The width of the rows -> a backward kernel.
+#pragma once
+
+#include "softmax/cuda/backward.cuh"
+#include "softmax/cuda/instances.h"
+#include "softmax/cuda/plan.h"
+
+namespace jax_flash::softmax {
+
+template <typename Element>
+const char* backward(const BackwardParams& p, cudaStream_t stream) {
+  choose(p, [&]<int kThreads, int kVectors>() {
+    using T = Team<kThreads>;
+    if constexpr (kVectors == 0) {
+      long_backward_kernel<Element, kThreads, 2><<<blocks(p, 1), kThreads, 0, stream>>>(p);
+    } else {
+      backward_kernel<Element, kThreads, kVectors>
+          <<<blocks(p, T::kRows), T::kBlock, 0, stream>>>(p);
+    }
+  });
+  return last_error();
+}
+
+}  // namespace jax_flash::softmax

@@ -1,0 +1,7 @@
+#include "softmax/cuda/backward_launch.cuh"
+
+namespace jax_flash::softmax {
+
+template const char* backward<float>(const BackwardParams&, cudaStream_t);
+
+}  // namespace jax_flash::softmax
