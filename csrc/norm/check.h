@@ -129,8 +129,8 @@ inline ffi::Error stream_type(std::initializer_list<ffi::AnyBuffer> arrays, Prob
   return ffi::Error::Success();
 }
 
-inline ffi::Error claims(const ffi::AnyBuffer& buffer, const Array<int32_t>& subset, int64_t entries,
-                         int64_t compact_rows, Claims*& out) {
+inline ffi::Error claims(const ffi::AnyBuffer& buffer, const Array<int32_t>& subset,
+                         int64_t entries, int64_t compact_rows, Claims*& out) {
   if (subset.data == nullptr) return ffi::Error::Success();
   if (is_empty(buffer)) return bad_argument("scratch", "[entries, 2, compact rows]", "nothing");
   return result("scratch", buffer, ffi::U32, entries, {2, compact_rows}, out);
@@ -188,10 +188,12 @@ inline ffi::Error decode_backward(const CallFrame& call, BackwardParams& p) {
   JAX_FLASH_RETURN_IF_ERROR(result("dresidual", out[2], stream, n, {rows, width}, p.dresidual));
   float** const sums[kSums] = {&p.dweight, &p.dbias, &p.dweight1, &p.dbias1, &p.dlayerscale};
   for (int i = 0; i < kSums; ++i) {
-    JAX_FLASH_RETURN_IF_ERROR(result("a sum over rows", out[3 + i], ffi::F32, n, {width}, *sums[i]));
+    JAX_FLASH_RETURN_IF_ERROR(
+        result("a sum over rows", out[3 + i], ffi::F32, n, {width}, *sums[i]));
   }
   if (p.stream.data == nullptr) return bad_argument("stream", "an array", "nothing");
-  if (p.is_rms != (p.mean.data == nullptr)) return bad_argument("mean", "none in RMSNorm alone", "");
+  if (p.is_rms != (p.mean.data == nullptr))
+    return bad_argument("mean", "none in RMSNorm alone", "");
   if ((p.dweight1 != nullptr) != (p.weight1.data != nullptr && p.dz1.data != nullptr)) {
     return bad_argument("dweight1", "weight1, dz1 and dweight1 together", "some of them");
   }

@@ -38,17 +38,17 @@ struct Problem {
   bool is_rms = false;
 
   Array<void> weight, weight1, layerscale;
-  Array<float> rowscale;              // [entries, rows]
-  Array<int32_t> x_subset;            // [entries, rows]: row of a compact x plus 1; else no row
-  Array<int32_t> out_subset;          // likewise for z
-  uint32_t dropout_threshold = 0;     // 16-bit draws below it drop (common/philox.h); 0: none do
-  float dropout_scale = 1.0f;         // 65536 / (65536 - threshold)
-  Array<uint32_t> dropout_state;      // [entries, 4]: two words of the key, the batch word, 0
-  Array<uint32_t> row_ids;            // [entries, rows]: the rows' numbers in the counters
+  Array<float> rowscale;           // [entries, rows]
+  Array<int32_t> x_subset;         // [entries, rows]: row of a compact x plus 1; else no row
+  Array<int32_t> out_subset;       // likewise for z
+  uint32_t dropout_threshold = 0;  // 16-bit draws below it drop (common/philox.h); 0: none do
+  float dropout_scale = 1.0f;      // 65536 / (65536 - threshold)
+  Array<uint32_t> dropout_state;   // [entries, 4]: two words of the key, the batch word, 0
+  Array<uint32_t> row_ids;         // [entries, rows]: the rows' numbers in the counters
 };
 
-// Who names a row of a compact result, [entries, 2, compact rows]: the first row, and the complement
-// of the last; kNobody where none does.
+// Who names a row of a compact result, [entries, 2, compact rows]: the first row, and the
+// complement of the last; kNobody where none does.
 using Claims = uint32_t;
 inline constexpr Claims kNobody = 0xffffffffu;
 
@@ -66,8 +66,8 @@ struct BackwardParams : Problem {
   void *dx = nullptr, *dx1 = nullptr, *dresidual = nullptr;
   float *dweight = nullptr, *dbias = nullptr, *dweight1 = nullptr, *dbias1 = nullptr;
   float* dlayerscale = nullptr;
-  Claims* claims = nullptr;      // of dx, where x_subset is on
-  float* partials = nullptr;     // [sums that are on, entries, num_partials, width]: each CTA's
+  Claims* claims = nullptr;   // of dx, where x_subset is on
+  float* partials = nullptr;  // [sums that are on, entries, num_partials, width]: each CTA's
   int64_t num_partials = 0;
 };
 

@@ -259,6 +259,12 @@ def _call(target, names, results, vectors, scratch, config, *operands):
     return [x.reshape(p.shape) for x, p in zip(returned, promised, strict=False)]
 
 
+def _forward_call(*operands):
+    # In a scan that stacks the stream for the backward XLA would run the call twice
+    # (openxla/xla#45799).
+    return jax.lax.optimization_barrier(_call(*operands))
+
+
 def _claims(entries, compact_rows, subset):
     """Who names each row of a compact result."""
     shape = (0,) if is_off(subset) else (entries, 2, compact_rows)
@@ -305,27 +311,34 @@ def _refuse(copied, sums):
     return refuse
 
 
-def _native(direction, names, results, vectors, scratch, refuse):
-    run = functools.partial(
-        _call, f"jax_flash.norm_{direction}", names, results, vectors, scratch
-    )
-    return {"cuda": Implementation("cuda", run, refuse)}
+def _rows_are_unaligned(config, x, x1, residual, weight, *rest) -> bool:
+    """Then the forward reads element by element, and XLA's is taken where nobody asks for ours."""
+    return weight.shape[-1] % 8 != 0
 
 
-_FORWARD = _native(
-    "forward",
-    _forward_names,
-    _forward_results,
-    ((3, 4, 5, 6, 7, 11), ()),
-    _forward_scratch,
+_FORWARD = Implementation(
+    "cuda",
+    functools.partial(
+        _forward_call,
+        "jax_flash.norm_forward",
+        _forward_names,
+        _forward_results,
+        ((3, 4, 5, 6, 7, 11), ()),
+        _forward_scratch,
+    ),
     _refuse(lambda *operands: operands[:3], lambda *operands: 0),
+    _rows_are_unaligned,
 )
-_BACKWARD = _native(
-    "backward",
-    _backward_names,
-    _backward_results,
-    ((4, 5, 6, 13), (3, 4, 5, 6, 7)),
-    _backward_scratch,
+_BACKWARD = Implementation(
+    "cuda",
+    functools.partial(
+        _call,
+        "jax_flash.norm_backward",
+        _backward_names,
+        _backward_results,
+        ((4, 5, 6, 13), (3, 4, 5, 6, 7)),
+        _backward_scratch,
+    ),
     _refuse(
         lambda x, stream, *rest: (stream, *rest[5:8], x),
         lambda *operands: 2 * (not is_off(operands[5])) + (not is_off(operands[6])),
@@ -336,13 +349,13 @@ norm_forward = Op(
     "norm_forward",
     signature=_forward_signature,
     results=_forward_results,
-    native=_FORWARD,
+    native={"cuda": _FORWARD},
     xla=_xla(norm_xla.forward, _forward_results),
 )
 norm_backward = Op(
     "norm_backward",
     signature=_backward_signature,
     results=_backward_results,
-    native=_BACKWARD,
+    native={"cuda": _BACKWARD},
     xla=_xla(norm_xla.backward, _backward_results),
 )

@@ -52,15 +52,17 @@ struct BackwardTraits {
 };
 
 template <typename X, typename S, int kVectors, Form kForm>
-__global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kVectors == 1 && kForm == Form::kPlain ? 1024 : kMaxThreads)
+__global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Plan plan) {
   using Traits = BackwardTraits<X, S, kVectors, kForm>;
   constexpr int kRows = Traits::kRows;
   constexpr int kValues = 2 * kRows, kLanes = 32 / kValues;  // two means of each row
   constexpr bool kAny = Traits::kAny;
-  constexpr int kUnroll = kForm == Form::kPlain ? kRows * kVectors : kForm == Form::kDropout ? 2 : 1;
+  constexpr int kUnroll = kForm == Form::kPlain     ? kRows * kVectors
+                          : kForm == Form::kDropout ? 2
+                                                    : 1;
   extern __shared__ __align__(16) char shared_memory[];
-  __shared__ float parts[2][32][kValues];  // [unit parity][warp]
+  __shared__ float parts[2][kMaxThreads / 32][kValues];  // [unit parity][warp]
 
   const Team team(plan);
   uint32_t entry_word = blockIdx.x / plan.ctas;
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kVectors == 1
     if (rows == Operand::kCompactX) return x_place().named(row);
     return rows == Operand::kCompactZ ? z_place().named(row) : row;
   };
-  auto load_vector = [&](float(&vector)[kCols], const Array<void>& from, int v) {
+  auto load_vector = [&](float (&vector)[kCols], const Array<void>& from, int v) {
     const int column = team.column(v);
     load<X>(vector, from.data, is_wide_weight, entry * from.entry_stride + column,
             columns_left(p.width, column), is_aligned);
@@ -87,7 +89,7 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kVectors == 1
 
   const SharedVector<X> shared_weight(plan, shared_memory, 0, is_wide_weight);
   if (!kAny) shared_weight.fill(p.weight, entry, p.width);
-  auto read_weight = [&](float(&weight)[kCols], int v) {
+  auto read_weight = [&](float (&weight)[kCols], int v) {
     if (kAny) {
       load_vector(weight, p.weight, v);
     } else {
@@ -108,8 +110,7 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kVectors == 1
   }
   __syncthreads();
 
-  Walk walk(plan, static_cast<int>(p.rows), cta * plan.teams + team.index,
-            plan.ctas * plan.teams);
+  Walk walk(plan, static_cast<int>(p.rows), cta * plan.teams + team.index, plan.ctas * plan.teams);
   Unit unit, ahead;
   RowIds ids, next_ids;
   RowStatistics statistics, next_statistics;
@@ -184,8 +185,10 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kVectors == 1
     if (team.lane % kLanes == 0) part[team.warp][team.lane / kLanes] = of_warp;
     team.sync();  // parts are there; those of the unit before last are free again
     float of_row = 0.0f;
-    for (int warp = team.lane % kLanes; warp < team.warps; warp += kLanes) {
-      of_row += part[warp][team.lane / kLanes];
+#pragma unroll
+    for (int first = 0; first < kMaxThreads / 32; first += kLanes) {
+      const int warp = first + team.lane % kLanes;
+      if (warp < team.warps) of_row += part[warp][team.lane / kLanes];
     }
     of_row = device::group_sum<kLanes>(of_row) * per_column;
     float along[kRows], total[kRows];
@@ -297,7 +300,7 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kVectors == 1
     }
     partial += next_partial;
   };
-  auto join_registers = [&](const float(&sum)[kVectors][kCols]) {
+  auto join_registers = [&](const float (&sum)[kVectors][kCols]) {
     float* rows = reinterpret_cast<float*>(shared_memory);
     __syncthreads();  // nobody reads a stage, or the sums before, any more
 #pragma unroll
@@ -327,18 +330,13 @@ const char* backward(const BackwardParams& p, const Plan& plan, cudaStream_t str
     return run(backward_kernel<X, X, kVectors, kForm>);
   };
   auto with_vectors = [&]<int kVectors>() {
-    if (!plan.is_common) return run(backward_kernel<X, X, kVectors, Form::kAny>);
     return p.dropout_threshold ? common.template operator()<kVectors, Form::kDropout>()
                                : common.template operator()<kVectors, Form::kPlain>();
   };
-  switch (num_vectors(p.width, kBackwardWideVectors)) {
-    case 1:
-      return with_vectors.template operator()<1>();
-    case 2:
-      return with_vectors.template operator()<2>();
-    default:
-      return run(backward_kernel<X, X, kBackwardWideVectors, Form::kAny>);
-  }
+  if (plan.vectors > 2) return run(backward_kernel<X, X, kBackwardWideVectors, Form::kAny>);
+  if (!plan.is_common) return run(backward_kernel<X, X, 2, Form::kAny>);
+  return plan.vectors == 1 ? with_vectors.template operator()<1>()
+                           : with_vectors.template operator()<2>();
 }
 
 }  // namespace jax_flash::norm

@@ -36,8 +36,8 @@ class Draws {
 #pragma unroll
       for (uint32_t i = 0; i < 2; ++i) {
         const uint32_t q = 2 * right + i;
-        calls_[i] = philox({column / 16u * 4 + q, id / 16 * 8 + id % 8, head, key.batch},
-                           key.key0, key.key1);
+        calls_[i] = philox({column / 16u * 4 + q, id / 16 * 8 + id % 8, head, key.batch}, key.key0,
+                           key.key1);
       }
     }
     const bool lower = (id & 8) != 0;

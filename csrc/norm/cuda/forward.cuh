@@ -43,7 +43,7 @@ class Moments {
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-          const float(&x)[kCols] = s[r][v];
+          const float (&x)[kCols] = s[r][v];
           sums[r] += ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
         }
       }
@@ -94,8 +94,8 @@ class Moments {
   }
 
  private:
-  // Calls visit(row, vector, i, mean of the row); for columns that do not exist, and are zeros, with
-  // a mean of 0.
+  // Calls visit(row, vector, i, mean of the row); for columns that do not exist, and are zeros,
+  // with a mean of 0.
   template <typename Visit>
   __device__ __forceinline__ void each_column(const float (&means)[kRows], Visit&& visit) const {
 #pragma unroll
@@ -145,13 +145,15 @@ struct ForwardTraits {
 };
 
 template <typename X, typename S, int kVectors, Form kForm>
-__global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? 1024 : kMaxThreads)
+__global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? kPlainForwardThreads
+                                                                         : kMaxThreads)
     forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ Plan plan) {
   using Traits = ForwardTraits<X, S, kVectors, kForm>;
   constexpr int kRows = Traits::kRows, kLanes = 32 / kRows;
   constexpr bool kAny = kForm == Form::kAny;
   extern __shared__ __align__(16) char shared_memory[];
-  __shared__ float2 parts[2][2][32][kRows];  // [unit parity][exact, kept][warp][row]
+  __shared__ float2
+      parts[2][2][kPlainForwardThreads / 32][kRows];  // [unit parity][exact, kept][warp]
 
   const Team team(plan);
   uint32_t entry_word = blockIdx.x / plan.ctas;
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? 1024 
   auto named = [&](Operand::Rows kind, int row) {
     return kind == Operand::kCompactX ? x_place().named(row) : row;
   };
-  auto load_vector = [&](float(&vector)[kCols], const Array<void>& from, int column, int count) {
+  auto load_vector = [&](float (&vector)[kCols], const Array<void>& from, int column, int count) {
     load<X>(vector, from.data, is_wide_weight, entry * from.entry_stride + column, count,
             is_aligned);
   };
@@ -183,8 +185,7 @@ __global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? 1024 
     __syncthreads();
   }
 
-  Walk walk(plan, rows, blockIdx.x % plan.ctas * plan.teams + team.index,
-            plan.ctas * plan.teams);
+  Walk walk(plan, rows, blockIdx.x % plan.ctas * plan.teams + team.index, plan.ctas * plan.teams);
   Unit unit, ahead;
   RowIds ids, next_ids;
   if (has_dropout && walk.peek(1, ahead)) next_ids.read(p, entry, ahead);
@@ -262,8 +263,8 @@ __global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? 1024 
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if (p.stream == nullptr || unit.row[r] < 0 || is_repeat) continue;
-        store<X>(s[r][v], p.stream, is_wide_stream, (entry * p.rows + unit.row[r]) * p.width + column,
-                 count, is_aligned);
+        store<X>(s[r][v], p.stream, is_wide_stream,
+                 (entry * p.rows + unit.row[r]) * p.width + column, count, is_aligned);
       }
     }
 
@@ -274,7 +275,7 @@ __global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? 1024 
     stage = stage + 1 == plan.stages ? 0 : stage + 1;
 
     // Statistics
-    float2 (*part)[32][kRows] = parts[parity];
+    auto* part = parts[parity];
     const auto of_warp = moments.of_warp(s, is_rounded);
     if (team.lane % kLanes == 0) {
       part[0][first_warp + team.warp][team.lane / kLanes] = of_warp.exact;
@@ -351,18 +352,13 @@ const char* forward(const ForwardParams& p, const Plan& plan, cudaStream_t strea
     return run(forward_kernel<X, X, kVectors, kForm>);
   };
   auto with_vectors = [&]<int kVectors>() {
-    if (!plan.is_common) return run(forward_kernel<X, X, kVectors, Form::kAny>);
     return p.dropout_threshold ? common.template operator()<kVectors, Form::kDropout>()
                                : common.template operator()<kVectors, Form::kPlain>();
   };
-  switch (num_vectors(p.width, kForwardWideVectors)) {
-    case 1:
-      return with_vectors.template operator()<1>();
-    case 2:
-      return with_vectors.template operator()<2>();
-    default:
-      return run(forward_kernel<X, X, kForwardWideVectors, Form::kAny>);
-  }
+  if (plan.vectors > 2) return run(forward_kernel<X, X, kForwardWideVectors, Form::kAny>);
+  if (!plan.is_common) return run(forward_kernel<X, X, 2, Form::kAny>);
+  return plan.vectors == 1 ? with_vectors.template operator()<1>()
+                           : with_vectors.template operator()<2>();
 }
 
 }  // namespace jax_flash::norm

@@ -14,8 +14,8 @@ const char* status() {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-bool are_aligned(std::initializer_list<const void*> pointers) {
-  return std::all_of(pointers.begin(), pointers.end(), is_16_byte_aligned);
+bool are_aligned(const Problem& p, std::initializer_list<const void*> arrays) {
+  return p.width % kCols == 0 && std::all_of(arrays.begin(), arrays.end(), is_16_byte_aligned);
 }
 
 // Compact rows ---------------------------------------------------------------------------------
@@ -76,8 +76,8 @@ struct Results {
 // 16 threads a column, each every 16th CTA, then these.
 constexpr int kSplits = 16;
 
-__global__ void sum_kernel(const float* partials, const __grid_constant__ Results results, int64_t entries,
-                           int64_t num_partials, int ctas, int64_t width) {
+__global__ void sum_kernel(const float* partials, const __grid_constant__ Results results,
+                           int64_t entries, int64_t num_partials, int ctas, int64_t width) {
   __shared__ float sums[kSplits][32];
   const int64_t tiles = (width + 31) / 32;
   const int64_t entry = blockIdx.x / tiles, column = blockIdx.x % tiles * 32 + threadIdx.x;
@@ -104,8 +104,8 @@ const char* sum(const BackwardParams& p, const Plan& plan, cudaStream_t stream) 
     if (result_of(p, i) != nullptr) results.of[num_results++] = result_of(p, i);
   }
   const dim3 grid(static_cast<unsigned>((p.width + 31) / 32 * p.entries), num_results);
-  sum_kernel<<<grid, dim3(32, kSplits), 0, stream>>>(p.partials, results, p.entries,
-                                                     p.num_partials, plan.ctas, p.width);
+  sum_kernel<<<grid, dim3(32, kSplits), 0, stream>>>(p.partials, results, p.entries, p.num_partials,
+                                                     plan.ctas, p.width);
   return status();
 }
 
@@ -114,55 +114,71 @@ bool has_no_options(const Problem& p) {
          !p.out_subset.data;
 }
 
+// Vectors of 8 columns a thread: narrow rows spread over the lanes of a warp, where the common
+// forms allow it; wide ones give every thread more to do between barriers.
+constexpr int64_t kNarrow = 32 * kCols, kWide = 2 * kCols * kMaxThreads;
+
+int num_vectors(int64_t width, bool is_common, int wide) {
+  return width > kWide ? wide : is_common && width <= kNarrow ? 1 : 2;
+}
+
 }  // namespace
 
 const char* launch_norm_forward(const ForwardParams& p, cudaStream_t stream) {
   Wishes wishes;
-  wishes.vectors = num_vectors(p.width, kForwardWideVectors);
   wishes.operands[0] = {p.x, p.dtype, p.x_subset.data ? Operand::kCompactX : Operand::kStream};
   wishes.operands[1] = {p.x1, p.dtype, Operand::kStream};
   wishes.operands[2] = {p.residual, p.stream_dtype, Operand::kStream};
-  wishes.pointers_are_aligned =
-      are_aligned({p.x.data, p.x1.data, p.residual.data, p.weight.data, p.bias.data, p.weight1.data,
-                   p.bias1.data, p.layerscale.data, p.z, p.z1, p.stream, p.mask, p.mask1});
-  wishes.is_common = wishes.vectors <= 2 && has_no_options(p) && p.x.data && !p.x1.data &&
-                     !p.mask && !p.mask1;
-  if (wishes.is_common) wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
-  wishes.num_vectors = 1 + (p.bias.data != nullptr);
-  if (getenv("NORM_T") && wishes.is_common && wishes.vectors == 1 && !p.dropout_threshold) wishes.max_threads = 1024;
-  if (getenv("NORM_S")) wishes.max_stages = atoi(getenv("NORM_S"));
+  wishes.is_aligned = are_aligned(
+      p, {p.x.data, p.x1.data, p.residual.data, p.weight.data, p.bias.data, p.weight1.data,
+          p.bias1.data, p.layerscale.data, p.z, p.z1, p.stream, p.mask, p.mask1});
+  wishes.is_common = p.width <= kWide && wishes.is_aligned && has_no_options(p) && p.x.data &&
+                     !p.x1.data && !p.mask;
+  wishes.vectors = num_vectors(p.width, wishes.is_common, kForwardWideVectors);
+  if (wishes.is_common) {
+    wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
+    wishes.num_vectors = 1 + (p.bias.data != nullptr);
+    if (p.dropout_threshold == 0 && p.width <= kCols * kMaxThreads) {
+      wishes.vectors = 1;
+      wishes.max_threads = kPlainForwardThreads;
+    }
+  }
   Plan plan;
   if (const char* error = make_plan(p, wishes, plan)) return error;
-  if (const char* error = claim(p, p.out_subset, p.out_rows, p.claims, {p.z, p.z1}, stream)) return error;
+  if (const char* error = claim(p, p.out_subset, p.out_rows, p.claims, {p.z, p.z1}, stream)) {
+    return error;
+  }
   return device::visit(p.dtype, [&]<typename X>() { return forward<X>(p, plan, stream); });
 }
 
 const char* launch_norm_backward(const BackwardParams& p, cudaStream_t stream) {
   Wishes wishes;
-  wishes.vectors = num_vectors(p.width, kBackwardWideVectors);
   const auto z_rows = p.out_subset.data ? Operand::kCompactZ : Operand::kStream;
   wishes.operands[0] = {p.stream, p.stream_dtype, Operand::kStream};
   wishes.operands[1] = {p.dz, p.dtype, z_rows};
   wishes.operands[2] = {p.dstream, p.stream_dtype, Operand::kStream};
   wishes.operands[3] = {p.dz1, p.dtype, z_rows};
   wishes.operands[4] = {p.x, p.dtype, p.x_subset.data ? Operand::kCompactX : Operand::kStream};
-  wishes.pointers_are_aligned = are_aligned(
-      {p.stream.data, p.dz.data, p.dz1.data, p.dstream.data, p.x.data, p.weight.data,
-       p.weight1.data, p.layerscale.data, p.dx, p.dx1, p.dresidual});
-  wishes.is_common = wishes.vectors <= 2 && has_no_options(p) && !p.dx1;
-  if (wishes.is_common) wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
-  wishes.num_vectors = 1;
+  wishes.is_aligned =
+      are_aligned(p, {p.stream.data, p.dz.data, p.dz1.data, p.dstream.data, p.x.data, p.weight.data,
+                      p.weight1.data, p.layerscale.data, p.dx, p.dx1, p.dresidual});
+  wishes.is_common = p.width <= kWide && wishes.is_aligned && has_no_options(p) && !p.dx1;
+  wishes.vectors = num_vectors(p.width, wishes.is_common, kBackwardWideVectors);
+  if (wishes.vectors > 2) wishes.max_threads = kMaxThreads / 2;
+  if (wishes.is_common) {
+    wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
+    wishes.num_vectors = 1;
+  }
   wishes.num_sums = (p.dweight1 != nullptr) + (p.dbias1 != nullptr) + (p.dlayerscale != nullptr);
   wishes.joins_teams = true;
   wishes.min_stages = 2;
   wishes.max_stages = 3;
   wishes.max_ctas = p.num_partials;
-  if (getenv("NORM_T") && wishes.is_common && wishes.vectors == 1 && !p.dropout_threshold) wishes.max_threads = 1024;
-  if (getenv("NORM_S")) wishes.max_stages = atoi(getenv("NORM_S"));
   Plan plan;
   if (const char* error = make_plan(p, wishes, plan)) return error;
   if (const char* error = claim(p, p.x_subset, p.x_rows, p.claims, {p.dx}, stream)) return error;
-  const char* error = device::visit(p.dtype, [&]<typename X>() { return backward<X>(p, plan, stream); });
+  const char* error =
+      device::visit(p.dtype, [&]<typename X>() { return backward<X>(p, plan, stream); });
   return error ? error : sum(p, plan, stream);
 }
 

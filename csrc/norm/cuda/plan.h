@@ -8,15 +8,14 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "norm/params.h"
 
 namespace jax_flash::norm {
 
-inline constexpr int kCols = 8;  // neighbouring columns of a thread
-inline constexpr int kMaxThreads = 512;  // of a CTA: 128 registers each; one CTA an SM
-inline constexpr int kMaxOperands = 5;  // arrays of rows that a kernel reads
+inline constexpr int kCols = 8;          // neighbouring columns of a thread
+inline constexpr int kMaxThreads = 512;  // of a CTA, one of which fills an SM: 128 registers each
+inline constexpr int kMaxOperands = 5;   // arrays of rows that a kernel reads
 
 // An array of rows that a kernel copies into shared memory, and where its rows lie there.
 struct Operand {
@@ -43,6 +42,7 @@ struct Operand {
 };
 
 struct Plan {
+  int vectors = 1;                  // of 8 columns, in a thread
   int team_threads = 0, teams = 0;  // threads of a team, teams of a CTA
   int ctas = 0;                     // of one entry
   int units = 0;                    // pairs, or rows, of one entry
@@ -59,13 +59,6 @@ struct Plan {
   int num_vectors = 0;
   Operand operands[kMaxOperands];
 };
-
-// Vectors of 8 columns a thread. Narrow rows spread over the lanes of a warp, wide ones give every
-// thread more to do between barriers; `wide` is the kernel's own number for the widest.
-inline int num_vectors(int64_t width, int wide) {
-  if (getenv("NORM_V") && width <= 4096) return atoi(getenv("NORM_V"));
-  return width <= 32 * kCols ? 1 : width <= 2 * kCols * kMaxThreads ? 2 : wide;
-}
 
 // Rows that a thread holds at once: a pair of wide ones would not fit into its registers.
 template <int kVectors>
@@ -85,7 +78,8 @@ struct Device {
       error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     }
     if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      error =
+          cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
@@ -99,9 +93,9 @@ inline bool is_16_byte_aligned(const void* pointer) {
 struct Wishes {
   Operand operands[kMaxOperands];
   int vectors = 1;
-  int max_threads = kMaxThreads;  // of a CTA
-  bool pointers_are_aligned = true;
-  bool is_common = true;  // but for the alignment
+  int max_threads = kMaxThreads;
+  bool is_aligned = true;
+  bool is_common = true;
   int num_vectors = 0;       // weights and biases that the common forms keep in shared memory
   int num_sums = 0;          // rows of f32 columns that each team keeps in shared memory
   bool joins_teams = false;  // the teams of a CTA add up such a row at the end
@@ -113,13 +107,12 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
   Device device;
   if (const char* error = device.read()) return error;
   std::copy_n(wishes.operands, kMaxOperands, plan.operands);
-  const int vectors = wishes.vectors;
+  const int vectors = plan.vectors = wishes.vectors;
   const int64_t threads = (p.width + kCols * vectors - 1) / (kCols * vectors);
   plan.team_threads = static_cast<int>((threads + 31) / 32 * 32);
-  plan.is_aligned = p.width % kCols == 0 && wishes.pointers_are_aligned;
+  plan.is_aligned = wishes.is_aligned;
   const int64_t columns = int64_t{plan.team_threads} * vectors * kCols;
   plan.vector_bytes = static_cast<uint32_t>(columns * item_bytes(p.weight_dtype));
-  const bool is_common = wishes.is_common && plan.is_aligned;
   plan.sums_bytes = static_cast<uint32_t>(4 * columns);
   plan.num_sums = wishes.num_sums;
 
@@ -127,7 +120,7 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
   const int most_rows = vectors > 2 ? kRowsOfUnit<4> : kRowsOfUnit<1>;
   const int64_t units = num_units(p.rows, most_rows == 2) * p.entries;
   int64_t teams = std::max(1, wishes.max_threads / plan.team_threads);
-  if (vectors > 2) teams = 1;
+
   if (plan.team_threads > 32) teams = std::min<int64_t>(teams, 15);
   teams = std::max<int64_t>(1, std::min(teams, units / device.sms));
 
@@ -141,7 +134,7 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
     }
     plan.stage_bytes = plan.warp_bytes * (plan.team_threads / 32);
     plan.is_paired = rows == 2;
-    plan.is_common = is_common && rows == most_rows;  // whose places are fixed
+    plan.is_common = wishes.is_common && rows == most_rows;  // whose places are fixed
     plan.teams = static_cast<int>(with_teams);
     plan.num_vectors = plan.is_common ? wishes.num_vectors : 0;
     const int64_t kept = static_bytes + int64_t{plan.vector_bytes} * plan.num_vectors +

@@ -126,8 +126,8 @@ class SharedVector {
   // All threads of the CTA; a barrier must follow. Columns that do not exist are zeros.
   __device__ __forceinline__ void fill(const Array<void>& from, int64_t entry, int width) const {
     const int item_bytes = is_wide_ ? 4 : 2;
-    const auto* source = reinterpret_cast<const uint4*>(
-        static_cast<const char*>(from.data) + entry * from.entry_stride * item_bytes);
+    const auto* source = reinterpret_cast<const uint4*>(static_cast<const char*>(from.data) +
+                                                        entry * from.entry_stride * item_bytes);
     for (int chunk = threadIdx.x; chunk < num_chunks_; chunk += blockDim.x) {
       const bool exists = chunk < width * item_bytes / 16;
       ptx::store_shared_16(place_ + swizzled(chunk) * 16, exists ? source[chunk] : uint4{});
@@ -166,8 +166,8 @@ class Stages {
         warp_(ptx::shared_address(memory) + team.index * plan.stages * plan.stage_bytes +
               team.warp * plan.warp_bytes) {}
 
-  // Starts to copy the unit's rows; named(rows, row) says which one it is in an operand's own count,
-  // -1: zeros. One group of copies, also where there is no unit.
+  // Starts to copy the unit's rows; named(rows, row) says which one it is in an operand's own
+  // count, -1: zeros. One group of copies, also where there is no unit.
   template <typename Named>
   __device__ __forceinline__ void fill(int stage, bool exists, const Unit& unit, Named&& named) {
     if (exists) {
@@ -217,8 +217,7 @@ class Stages {
   }
 
   template <typename Named>
-  __device__ __forceinline__ void copy_rows(int index, int stage, const Unit& unit,
-                                            Named&& named) {
+  __device__ __forceinline__ void copy_rows(int index, int stage, const Unit& unit, Named&& named) {
     const Operand& operand = plan_.operands[index];
     if (operand.data == nullptr) return;
     const int item_bytes = sizeof(X) == 4 || Traits::is_wide(plan_, index) ? 4 : 2;
