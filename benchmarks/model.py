@@ -116,12 +116,10 @@ def loss(model: Model, attend, parameters, tokens):
     return (jax.nn.logsumexp(logits, -1) - target).mean()
 
 
-def step(model: Model, attend, state, tokens):
+def step(loss, state, tokens):
     """One step of Adam on (parameters, both moments, count) -> the same afterwards, the loss."""
     parameters, first, second, count = state
-    value, gradients = jax.value_and_grad(functools.partial(loss, model, attend))(
-        parameters, tokens
-    )
+    value, gradients = jax.value_and_grad(loss)(parameters, tokens)
     count = count + 1
     first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradients)
     second = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g * g, second, gradients)
@@ -130,6 +128,86 @@ def step(model: Model, attend, state, tokens):
         lambda p, m, v: p - rate * m / (jnp.sqrt(v) + 1e-8), parameters, first, second
     )
     return (parameters, first, second, count), value
+
+
+def first_state(init):
+    """What `step` begins with, from init() -> parameters."""
+    return jax.jit(lambda: (p := init(), *(jax.tree.map(jnp.zeros_like, p),) * 2, jnp.zeros(())))()
+
+
+def compiled_steps(losses: dict, state, tokens) -> dict:
+    """Name -> `step` of each loss, compiled; the state is donated."""
+
+    def compiled(loss):
+        function = jax.jit(functools.partial(step, loss), donate_argnums=0)
+        return function.lower(state, tokens).compile()
+
+    begin = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        steps = dict(zip(losses, pool.map(compiled, losses.values()), strict=True))
+    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    return steps
+
+
+def time_steps(steps: dict, state, tokens, args):
+    """Bursts in random order -> (state, name -> seconds a step of each burst, name -> loss)."""
+    # The state is donated from step to step, whoever's turn it is: one copy fits beside a step.
+    seconds, losses = collections.defaultdict(list), {}
+    for warm_up in [True] + [False] * args.rounds:
+        for name in random.sample(list(steps), len(steps)):
+            with providers.environment(name):
+                start = time.perf_counter()
+                for _ in range(args.steps):
+                    state, value = steps[name](state, tokens)
+                losses[name] = float(value)
+            if not warm_up:
+                seconds[name].append((time.perf_counter() - start) / args.steps)
+    return state, seconds, losses
+
+
+def profile_steps(steps: dict, state, tokens) -> dict[str, dict[str, list[float]]]:
+    """Name -> kernel -> nanoseconds of each launch in one step."""
+    profiles = {}
+    for name, one in steps.items():
+        with providers.environment(name):
+            holder = [state]
+
+            def one_step(one=one, holder=holder):
+                holder[0], value = one(holder[0], tokens)
+                return value
+
+            profiles[name] = kernel_times(one_step)
+            state = holder[0]
+        if not profiles[name]:
+            print(f"{name}: the profiler saw no kernel")
+    return {name: times for name, times in profiles.items() if times}
+
+
+def row_of(args, name: str, step, seconds: list[float], tokens) -> dict[str, str]:
+    """What every row of a training step says."""
+    median, plan = statistics.median(seconds), step.memory_analysis()
+    memory = plan.temp_size_in_bytes + plan.argument_size_in_bytes
+    return dict(
+        run=args.now.strftime("%Y%m%dT%H%M%S"),
+        device=args.device,
+        date=args.now.strftime("%Y-%m-%d"),
+        commit=evidence.commit(),
+        source=evidence.source_hash()[:12],
+        version=providers.version(name),
+        step_ms=f"{median * 1e3:.2f}",
+        tokens_per_s=f"{tokens.shape[0] * (tokens.shape[1] - 1) / median:.0f}",
+        spread=f"{(max(seconds) - min(seconds)) / median:.3f}",
+        memory_gb=f"{memory / 1e9:.2f}",
+    )
+
+
+def append_rows(path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def workload(model: Model) -> Workload:
@@ -225,95 +303,45 @@ def main(argv=None) -> int:
         model = Model()
     if args.batch:
         model = dataclasses.replace(model, batch=args.batch)
-    device = evidence.device_name()
-    path = args.out or evidence.device_folder(device) / "model.csv"
-    print(f"{device}: {model.name()} -> {path}", flush=True)
+    args.device, args.now = evidence.device_name(), datetime.datetime.now(datetime.UTC)
+    path = args.out or evidence.device_folder(args.device) / "model.csv"
+    print(f"{args.device}: {model.name()} -> {path}", flush=True)
     alone = attention_alone(model, args.attention, args)
     missing = [name for name in args.attention if (name, "backward") not in alone]
     names = [name for name in args.attention if name not in missing]
 
-    tokens = jax.random.randint(
-        jax.random.key(1), (model.batch, model.seq + 1), 0, model.vocabulary
-    )
-    state = jax.jit(
-        lambda: (p := init(model, 0), *(jax.tree.map(jnp.zeros_like, p),) * 2, jnp.zeros(()))
-    )()
-
-    def compiled(name):
-        attend = providers.PROVIDERS[name][1](workload(model))
-        function = jax.jit(functools.partial(step, model, attend), donate_argnums=0)
-        return function.lower(state, tokens).compile()
-
-    begin = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        steps = dict(zip(names, pool.map(compiled, names), strict=True))
-    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
-
-    # The state is donated from step to step, whoever's turn it is: one copy fits beside a step.
-    seconds, losses = collections.defaultdict(list), {}
-    for warm_up in [True] + [False] * args.rounds:
-        for name in random.sample(names, len(names)):
-            with providers.environment(name):
-                start = time.perf_counter()
-                for _ in range(args.steps):
-                    state, value = steps[name](state, tokens)
-                losses[name] = float(value)
-            if not warm_up:
-                seconds[name].append((time.perf_counter() - start) / args.steps)
-
-    profiles = {}
-    for name in names if args.profile else ():
-        with providers.environment(name):
-            holder = [state]
-
-            def one_step(name=name, holder=holder):
-                holder[0], value = steps[name](holder[0], tokens)
-                return value
-
-            times = kernel_times(one_step)
-            state = holder[0]
-        if times:
-            profiles[name] = profile_by_kind(name, times)
-        else:
-            print(f"{name}: the profiler saw no kernel")
-
-    now = datetime.datetime.now(datetime.UTC)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path, "a", newline="") as file:
-        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if file.tell() == 0:
-            rows.writeheader()
-        for name in names:
-            median = statistics.median(seconds[name])
-            plan = steps[name].memory_analysis()
-            memory = plan.temp_size_in_bytes + plan.argument_size_in_bytes
-            row = dict(
-                run=now.strftime("%Y%m%dT%H%M%S"),
-                device=device,
-                date=now.strftime("%Y-%m-%d"),
-                commit=evidence.commit(),
-                source=evidence.source_hash()[:12],
-                model=model.name(),
-                attention=name,
-                version=providers.version(name),
-                step_ms=f"{median * 1e3:.2f}",
-                tokens_per_s=f"{model.batch * model.seq / median:.0f}",
-                spread=f"{(max(seconds[name]) - min(seconds[name])) / median:.3f}",
-                memory_gb=f"{memory / 1e9:.2f}",
-                forward_ms=f"{alone[name, 'forward']:.2f}",
-                backward_ms=f"{alone[name, 'backward']:.2f}",
-                loss=f"{losses[name]:.4f}",
-            )
-            for kind, milliseconds in profiles.get(name, {}).items():
-                row[KINDS[kind]] = f"{milliseconds:.2f}"
-            rows.writerow(row)
-            rest = median * 1e3 - alone[name, "forward"] - alone[name, "backward"]
-            print(
-                f"  {name:14s} {row['step_ms']:>9s} ms/step {row['tokens_per_s']:>8s} tokens/s "
-                f"{row['memory_gb']:>7s} GB; attention {row['forward_ms']} + {row['backward_ms']} "
-                f"ms, the rest {rest:.2f} ms; spread {row['spread']}, loss {row['loss']}",
-                flush=True,
-            )
+    shape = (model.batch, model.seq + 1)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, model.vocabulary)
+    state = first_state(functools.partial(init, model, 0))
+    attends = {name: providers.PROVIDERS[name][1](workload(model)) for name in names}
+    by_attention = {
+        name: functools.partial(loss, model, attend) for name, attend in attends.items()
+    }
+    steps = compiled_steps(by_attention, state, tokens)
+    state, seconds, losses = time_steps(steps, state, tokens, args)
+    profiles = profile_steps(steps, state, tokens) if args.profile else {}
+    rows = []
+    for name in names:
+        row = row_of(args, name, steps[name], seconds[name], tokens)
+        row |= dict(
+            model=model.name(),
+            attention=name,
+            forward_ms=f"{alone[name, 'forward']:.2f}",
+            backward_ms=f"{alone[name, 'backward']:.2f}",
+            loss=f"{losses[name]:.4f}",
+        )
+        if name in profiles:
+            kinds = profile_by_kind(name, profiles[name])
+            row |= {KINDS[kind]: f"{milliseconds:.2f}" for kind, milliseconds in kinds.items()}
+        rows.append(row)
+        rest = float(row["step_ms"]) - alone[name, "forward"] - alone[name, "backward"]
+        print(
+            f"  {name:14s} {row['step_ms']:>9s} ms/step {row['tokens_per_s']:>8s} tokens/s "
+            f"{row['memory_gb']:>7s} GB; attention {row['forward_ms']} + {row['backward_ms']} "
+            f"ms, the rest {rest:.2f} ms; spread {row['spread']}, loss {row['loss']}",
+            flush=True,
+        )
+    append_rows(path, COLUMNS, rows)
     if missing:
         print(f"not measured: {', '.join(missing)}", file=sys.stderr)
     return 1 if missing or not names else 0

@@ -188,6 +188,29 @@ def model(rows: ModelRows) -> str:
     return rows.latest()[0]["model"] + ":\n\n" + _table(header, lines)
 
 
+_PROGRAMS = {"jax_flash": "fused layers", "jax_nn_cudnn": "plain Flax, jax.nn's cuDNN attention"}
+
+
+def fused_model(rows: ModelRows) -> str:
+    """A training step of the fused layers and of plain Flax, model by model."""
+    parts = []
+    for name in rows.names():
+        latest = rows.latest(name)
+        times = {row["program"]: float(row["step_ms"]) for row in latest}
+        lines = []
+        for row in latest:
+            cells = [_PROGRAMS[row["program"]], f"{float(row['step_ms']):.1f}"]
+            cells.append(f"{times['jax_nn_cudnn'] / float(row['step_ms']):.2f}x")
+            cells += [f"{float(row['tokens_per_s']):.0f}", f"{float(row['memory_gb']):.1f}"]
+            inside = [row[f"step_{kind}_ms"] for kind in ("attention", "products", "rest")]
+            cells += [f"{float(value):.1f}" if value else "" for value in inside]
+            lines.append(cells)
+        header = ["program", "ms a step", "speed", "tokens/s", "memory, GB"]
+        header += [f"in the step: {kind}" for kind in ("attention", "products", "rest")]
+        parts.append(f"{name}:\n\n" + _table(header, lines))
+    return "\n".join(parts)
+
+
 def options(rows: Rows, groups: Sequence[str]) -> str:
     """Milliseconds of single workloads, the measured directions side by side: ours and rivals'."""
     keys = [key for key in rows.ms if key[0].split("/")[0] in groups]
@@ -249,6 +272,11 @@ def models() -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
+def fused_models() -> str:
+    parts = [_caption(rows) + fused_model(rows) for rows in load_models("fused_model.csv")]
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
 def attention_cpu() -> str:
     parts = [(rows, options(rows, ("cpu",))) for rows in load_all()]
     return "".join(_caption(rows) + text for rows, text in parts if text) or "Not measured yet.\n"
@@ -290,6 +318,7 @@ def soak() -> str:
 TABLES = {
     "attention-gpu": attention_gpu,
     "attention-cpu": attention_cpu,
+    "fused-model": fused_models,
     "gpu-tests": gpu_tests,
     "model": models,
     "operators": fused_operators,

@@ -125,7 +125,7 @@ class Rows:
 
 
 class ModelRows:
-    """The rows of benchmarks/model.py."""
+    """The rows of benchmarks/model.py, or of fused_model.py."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -135,10 +135,15 @@ class ModelRows:
         self.dates = sorted({row["date"] for row in self.latest()})
         self.versions = sorted({row["version"] for row in self.latest()})
 
-    def latest(self) -> list[dict]:
-        """The rows of the latest run."""
-        run = max(row["run"] for row in self.rows)
-        return [row for row in self.rows if row["run"] == run]
+    def latest(self, name: str | None = None) -> list[dict]:
+        """The rows of the latest run, or of the latest one of the model called so."""
+        rows = [row for row in self.rows if name in (None, row["model"])]
+        run = max(row["run"] for row in rows)
+        return [row for row in rows if row["run"] == run]
+
+    def names(self) -> list[str]:
+        """Models, in the order in which they were first measured."""
+        return list(dict.fromkeys(row["model"] for row in self.rows))
 
 
 def _column(found: dict[str, dict], name: str) -> dict[str, float]:
@@ -172,6 +177,6 @@ def load_operators() -> list[Rows]:
     return [rows for rows in found if rows.ms]
 
 
-def load_models() -> list[ModelRows]:
+def load_models(file: str = "model.csv") -> list[ModelRows]:
     """Every device's rows of the model benchmark, in folder order."""
-    return [ModelRows(path) for path in sorted(evidence.RESULTS.glob("*/model.csv"))]
+    return [ModelRows(path) for path in sorted(evidence.RESULTS.glob(f"*/{file}"))]

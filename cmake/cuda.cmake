@@ -63,20 +63,20 @@ endfunction()
 function(jax_flash_cuda_module name)
   nanobind_add_module(${name} STABLE_ABI NB_STATIC ${ARGN})
   target_include_directories(${name} PRIVATE csrc ${XLA_FFI_INCLUDE})
-  target_link_libraries(${name} PRIVATE CUDA::cudart_static)
+  target_link_libraries(${name} PRIVATE CUDA::cudart_static ${CMAKE_DL_LIBS})
   # cudart stays private: JAX brings its own. Nothing links libcuda: _cuda imports without a driver.
   target_link_options(${name} PRIVATE -Wl,--exclude-libs,ALL)
   set_target_properties(${name} PROPERTIES LINKER_LANGUAGE CXX CUDA_RUNTIME_LIBRARY None)
   install(TARGETS ${name} LIBRARY DESTINATION jax_flash)
 endfunction()
 
-# Every folder of csrc with an ffi_cuda.cc is an operator: its handlers, its kernels for any GPU, its
-# kernels for sm_90a.
+# Every folder of csrc with an ffi_cuda.cc is an operator: its handlers (and host code), its kernels
+# for any GPU, its kernels for sm_90a.
 set(JAX_FLASH_OPERATORS "*" CACHE STRING
     "Which operators get CUDA kernels (a glob of folders of csrc): one alone builds fast")
 mark_as_advanced(JAX_FLASH_OPERATORS)
 set(operator csrc/${JAX_FLASH_OPERATORS})
-file(GLOB cuda_handlers CONFIGURE_DEPENDS ${operator}/ffi_cuda.cc)
+file(GLOB cuda_handlers CONFIGURE_DEPENDS ${operator}/ffi_cuda.cc ${operator}/cuda/*.cc)
 jax_flash_cuda_module(_cuda csrc/common/module_cuda.cc ${cuda_handlers})
 
 # sm_80 is the complete implementation. Its machine code serves Ampere and Ada; Hopper gets its own
@@ -84,9 +84,11 @@ jax_flash_cuda_module(_cuda csrc/common/module_cuda.cc ${cuda_handlers})
 # compile the PTX.
 file(GLOB sm80_sources CONFIGURE_DEPENDS
   ${operator}/cuda/*.cu ${operator}/cuda/instances/*.cu)
-jax_flash_kernels(sm80 _cuda
-  GENCODE "arch=compute_80,code=[sm_80,compute_80]" "arch=compute_80,code=sm_90"
-  SOURCES ${sm80_sources})
+if(sm80_sources)
+  jax_flash_kernels(sm80 _cuda
+    GENCODE "arch=compute_80,code=[sm_80,compute_80]" "arch=compute_80,code=sm_90"
+    SOURCES ${sm80_sources})
+endif()
 
 # sm_90a: kernels on TMA and wgmma, which only that architecture assembles.
 file(GLOB sm90_sources CONFIGURE_DEPENDS ${operator}/cuda/instances/sm90/*.cu)

@@ -5,7 +5,9 @@
     logits = norm(x) E^T
 
 train_gpt.py trains it. `attention="xla"` swaps in Flax's own layer around `jax.nn`'s attention; the
-parameters keep their names and shapes, so that a checkpoint of one runs in the other.
+parameters keep their names and shapes, so that a checkpoint of one runs in the other. `fused=True`
+is a model of its own, made of jax_flash's fused layers: rotary embedding instead of positions, RMS
+norms, and a loss that never holds all logits.
 """
 
 import dataclasses
@@ -14,8 +16,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
+import jax_flash
 from jax_flash import linen
 
 VOCABULARY = 256  # a token is a byte
@@ -32,6 +36,7 @@ class Config:
     dropout: float = 0.0  # of the embedding and of each block's two branches
     attention_dropout: float = 0.0  # of the attention weights; "flash" only
     attention: str = "flash"  # or "xla"
+    fused: bool = False  # made of linen.TransformerBlock; "flash" only
     dtype: str = "float32"  # of the computation; parameters are float32
 
 
@@ -77,26 +82,60 @@ class Block(nn.Module):
         return x + drop(dense(self.config.width, kernel_init=last_init(self.config))(branch))
 
 
+def plain_blocks(config: Config, x: jax.Array, deterministic: bool) -> jax.Array:
+    for _ in range(config.layers):
+        x = Block(config)(x, deterministic)
+    return nn.LayerNorm(use_bias=False, dtype=config.dtype)(x)
+
+
+def fused_blocks(config: Config, x: jax.Array, deterministic: bool) -> jax.Array:
+    """The residual stream travels beside x, what the last block computed and has not added yet."""
+    stream, rotary = None, jax_flash.RotaryTable.make(config.context, config.width // config.heads)
+    for i in range(config.layers):
+        block = linen.TransformerBlock(
+            num_heads=config.heads,
+            norm="rms",
+            rotary=rotary,
+            is_causal=True,
+            # The first addition is of what came before: the embedding has its own dropout.
+            dropout_rate=(config.dropout if i > 0 else 0.0, config.dropout),
+            attention_dropout_rate=config.attention_dropout,
+            deterministic=deterministic,
+            dtype=config.dtype,
+            out_kernel_init=last_init(config),
+        )
+        x, stream = block(x, stream)
+    last = linen.DropoutAddRMSNorm(dropout_rate=config.dropout, deterministic=deterministic)
+    return last(x, stream)
+
+
 class GPT(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, deterministic: bool = True) -> jax.Array:
-        """tokens: integers [B, T] below 256, T <= context. Returns float32 logits [B, T, 256]."""
+    def __call__(
+        self, tokens: jax.Array, deterministic: bool = True, labels: jax.Array | None = None
+    ) -> jax.Array:
+        """tokens: integers [B, T] below 256, T <= context. Returns float32 logits [B, T, 256], or
+        with labels, integers [B, T], the mean cross-entropy."""
         config = self.config
         small = nn.initializers.normal(0.02)  # keeps the first loss at log(256) = 5.55
         table = self.param("embedding", small, (VOCABULARY, config.width)).astype(config.dtype)
-        positions = self.param("positions", small, (config.context, config.width))
         # A product rather than a lookup: its gradient is a product too, not a scatter-add, which on
         # a GPU is slow into so few rows, and sums in another order on every run.
         x = jax.nn.one_hot(tokens, VOCABULARY, dtype=config.dtype) @ table
-        x = x + positions[: tokens.shape[1]].astype(config.dtype)
+        if not config.fused:
+            positions = self.param("positions", small, (config.context, config.width))
+            x = x + positions[: tokens.shape[1]].astype(config.dtype)
         x = x * math.sqrt(config.width)  # as in "Attention is all you need", section 3.4
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
-        for _ in range(config.layers):
-            x = Block(config)(x, deterministic)
-        x = nn.LayerNorm(use_bias=False, dtype=config.dtype)(x)
-        return (x @ table.T).astype(jnp.float32)
+        x = (fused_blocks if config.fused else plain_blocks)(config, x, deterministic)
+        if labels is not None and config.fused:
+            return jax_flash.linear_softmax_cross_entropy(x, table.T, labels)
+        logits = (x @ table.T).astype(jnp.float32)
+        if labels is None:
+            return logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 @functools.partial(jax.jit, static_argnames=("model", "length"))

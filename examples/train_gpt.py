@@ -4,6 +4,7 @@
     python examples/train_gpt.py --text book.txt --out runs/book
     python examples/train_gpt.py --resume runs/book     # go on from the last checkpoint
     python examples/train_gpt.py --compare              # time a step against plain XLA attention
+    python examples/train_gpt.py --fused                # made of jax_flash's fused layers
 
 The run's directory receives config.json, losses.csv, loss.png, sample.txt and checkpoints/. The
 batch of step i depends on the seed and i alone, so that a resumed run follows the same losses as an
@@ -49,6 +50,7 @@ DEFAULTS = {
     | dict(learning_rate=1e-3, dropout=0.2),
 }
 ALWAYS = dict(text=None, seed=0, attention="flash", attention_dropout=0.0, validation=0.1)
+ALWAYS |= dict(fused=False)
 # May change when a run is resumed: they do not touch what was learnt so far.
 FREE = dict(
     steps=None,
@@ -111,6 +113,13 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: 1 and 4 times the context), and stop",
     )
     add("--attention", choices=("flash", "xla"), help="xla: jax.nn.dot_product_attention")
+    add(
+        "--fused",
+        action="store_const",
+        const=True,
+        help="a model of jax_flash's fused layers: TransformerBlock, rotary, RMS norm, linear "
+        "cross-entropy; with --compare: against the plain model",
+    )
     add("--steps", type=positive, help="training steps in all")
     add("--batch", type=positive, help="sequences in a step")
     add("--context", type=positive, help="bytes in a sequence")
@@ -168,6 +177,12 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     if args.width % args.heads != 0:
         parser.error(f"--width: {args.width} is not a multiple of --heads {args.heads}")
+    if args.fused and args.attention == "xla":
+        parser.error("--fused: its attention is flash")
+    if args.fused and args.width // args.heads % 2 != 0:
+        parser.error(
+            f"--fused: {args.width // args.heads} features of a head, expected an even number"
+        )
     if args.attention == "xla" and args.attention_dropout > 0.0:
         parser.error("--attention-dropout: jax.nn.dot_product_attention has none; use flash")
     if not args.prompt:
@@ -238,13 +253,13 @@ def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransforma
 def loss_of(model: GPT, params: dict, tokens: jax.Array, dropout_key: jax.Array | None = None):
     """Mean cross-entropy in nats per byte of tokens [B, T + 1]; dropout where a key is given."""
     tokens = tokens.astype(jnp.int32)
-    logits = model.apply(
+    return model.apply(
         {"params": params},
         tokens[:, :-1],
         deterministic=dropout_key is None,
+        labels=tokens[:, 1:],
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
 evaluate = jax.jit(loss_of, static_argnames="model")
@@ -309,7 +324,8 @@ def train(args: argparse.Namespace, directory: Path) -> dict:
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
     print(
-        f"{parameters / 1e6:.2f} M parameters, {args.attention} attention, {args.dtype} on "
+        f"{parameters / 1e6:.2f} M parameters, {args.attention} attention"
+        f"{', fused layers' if args.fused else ''}, {args.dtype} on "
         f"{jax.devices()[0].device_kind}; {len(args.train):,} bytes to learn, "
         f"{len(args.held_out):,} held out; {directory}" + (f", from step {start}" if start else "")
     )
@@ -423,20 +439,23 @@ def write_sample(args: argparse.Namespace, params: dict, directory: Path) -> str
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Prints the time of a training step with either attention, the same tokens in every row."""
+    """Prints the time of a training step with either attention, the same tokens in every row; with
+    --fused, of the fused model and the plain one."""
     tokens_per_step = args.batch * args.context
     print(
         f"training steps of {args.layers} layers, width {args.width}, {args.heads} heads, ", end=""
     )
     print(f"{args.dtype} on {jax.devices()[0].device_kind}; medians")
-    print(f"{'context':>8} {'batch':>6}   {'flash':>9} {'xla':>9} {'faster':>7}   ", end="")
-    print(f"{'flash memory':>13} {'xla memory':>13}")
+    ours = "fused" if args.fused else "flash"
+    print(f"{'context':>8} {'batch':>6}   {ours:>9} {'xla':>9} {'faster':>7}   ", end="")
+    print(f"{ours + ' memory':>13} {'xla memory':>13}")
     for context in args.compare or [args.context * factor for factor in (1, 4)]:
         batch = max(1, tokens_per_step // context)
         text = np.resize(args.train, max(len(args.train), context + 2))
         runs = {}
         for attention in ("flash", "xla"):
             changes = dict(attention=attention, context=context, attention_dropout=0.0)
+            changes["fused"] = args.fused and attention == "flash"
             model, optimizer = model_of(args, **changes), make_optimizer(args.learning_rate, 1000)
             state = init_state(model, optimizer, args.seed)
             tokens = batch_at(0, text, batch, context, args.seed)

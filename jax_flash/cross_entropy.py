@@ -20,11 +20,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_flash import _attention as shared
+from jax_flash._cross_entropy import linear_statistics, linear_sum, logits_statistics, unless
 from jax_flash._ops import cross_entropy as ops
-from jax_flash._ops._op import is_off, vary_together
+from jax_flash._ops._op import vary_together
 from jax_flash._ops.cross_entropy import CrossEntropyConfig
 
 Implementation = Literal["cuda", "cpu", "xla"] | None
@@ -43,8 +43,8 @@ _OPTIONS = """
       axis_name: under shard_map, pmap or vmap: the vocabulary lies on this axis (or these), an
         equal part on each device in the order of their indices; labels count through all of it.
         Not needed under `jit`, which sees the sharding of the arrays.
-      implementation: None picks by platform: "cuda", kernels for float32, float16, bfloat16, or
-        "xla", compiled from jnp, everywhere else.
+      implementation: None picks: on CUDA its kernels, for float32, float16 and bfloat16, where they
+        are the faster ones (not of a few classes); else "xla", compiled from jnp.
 """
 _RETURNS = """
     Returns:
@@ -66,66 +66,6 @@ def _documented(function):
         "{returns}", _RETURNS.strip()
     )
     return function
-
-
-# The custom VJPs ----------------------------------------------------------------------------------
-
-
-def _sharded_as(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
-    """With explicit axes: an operand that was gathered, or cut, has its gradient put back so."""
-    spec = jax.typeof(primal).sharding.spec
-    same = tuple(jax.typeof(cotangent).sharding.spec) == tuple(spec)
-    return cotangent if same else jax.sharding.reshard(cotangent, spec)
-
-
-def _differentiable(forward: ops.Op, backward: ops.Op, formula: Callable):
-    """statistics(config, tensors, labels) -> lse, label_logit, total: `forward`, with `backward`.
-
-    Differentiable in `tensors` any number of times; `formula` is the backward in jnp.
-    """
-
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def statistics(config, tensors, labels):
-        return forward(config, *tensors, labels)
-
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def gradients(config, tensors, labels, lse, cotangents):
-        return backward(config, *tensors, labels, lse, *cotangents)
-
-    def statistics_forward(config, tensors, labels):
-        # Through `statistics` itself, so that the residual can be differentiated once more.
-        lse, *others = statistics(config, tensors, labels)
-        lse = checkpoint_name(lse, "cross_entropy_lse")
-        return (lse, *others), (tensors, labels, lse)
-
-    def statistics_backward(config, residuals, cotangents):
-        of_tensors = gradients(config, *residuals, tuple(cotangents))
-        return tuple(map(_sharded_as, of_tensors, residuals[0])), None
-
-    def gradients_forward(config, *operands):
-        return gradients(config, *operands), operands
-
-    def gradients_backward(config, operands, cotangents):
-        tensors, labels, *rows = operands
-        _, pullback = jax.vjp(
-            lambda tensors, lse, upstream: formula(config, *tensors, labels, lse, *upstream),
-            tensors,
-            *rows,
-        )
-        of_tensors, *of_rows = pullback(tuple(cotangents))
-        return of_tensors, None, *of_rows
-
-    statistics.defvjp(statistics_forward, statistics_backward)
-    gradients.defvjp(gradients_forward, gradients_backward)
-    return statistics
-
-
-_logits_statistics = _differentiable(
-    ops.cross_entropy_forward, ops.cross_entropy_backward, ops.backward
-)
-_linear_statistics = _differentiable(
-    ops.linear_cross_entropy_forward, ops.linear_cross_entropy_backward, ops.linear_backward
-)
 
 
 # Checks -------------------------------------------------------------------------------------------
@@ -190,41 +130,46 @@ def _loss(
     classes = vocabulary * _devices(axis_name)
     ignored, valid = _rows(labels, ignore_index, classes)
     wide = jnp.promote_types(tensors[0].dtype, jnp.float32)
+    counted = jnp.maximum((~ignored).sum(), 1).astype(wide) if reduction == "mean" else 1
 
     if labels.size == 0:
         lse, loss = jnp.zeros(labels.shape, wide), jnp.zeros(labels.shape, wide)
     else:
         config = CrossEntropyConfig(
-            scale=scale, with_total=smoothing > 0, implementation=implementation, **linear
+            scale=scale,
+            with_total=smoothing > 0,
+            label_smoothing=smoothing,
+            z_loss=z_loss,
+            classes=classes,
+            implementation=implementation,
+            **linear,
         )
         own = jnp.where(valid, labels.astype(jnp.int32), -1)
         own = jnp.where(ignored, ops.IGNORED, own)
+        # A label that is no class makes a mistake that shows.
+        row_weights = jnp.where(valid, 1, jnp.where(ignored, 0, jnp.nan)).astype(wide)
+        # What is ignored leaves before and after each formula that could make NaN of its cotangent.
+        unless_ignored = functools.partial(unless, ignored)
+        if linear and reduction != "none" and axis_name is None:
+            # A float16's exponent has no room for 1 / counted: it comes with the loss's cotangent,
+            # which who computes in float16 scales up.
+            before, after = (1, counted) if tensors[0].dtype == jnp.float16 else (counted, 1)
+            *tensors, own, row_weights = vary_together(*tensors, own, row_weights / before)
+            loss, lse = linear_sum(config, return_lse, tuple(tensors), own, row_weights)
+            loss = loss / after
+            return (loss, unless_ignored(*lse)) if return_lse else loss
         if axis_name is not None:
             own = ops.own_labels(own, vocabulary, axis_name)
         *tensors, own = vary_together(*tensors, own)
-        # What is ignored leaves before and after each formula that could make NaN of its cotangent.
-        unless_ignored = functools.partial(_unless, ignored)
         results = [unless_ignored(x) for x in statistics(config, tuple(tensors), own)]
         if axis_name is not None:
             results = [unless_ignored(x) for x in ops.combine(results, axis_name)]
-        lse, label_logit, total = results
-        # Differences first: of few classes they are far smaller than what they are of.
-        loss = lse - label_logit
-        if smoothing:
-            loss = (1 - smoothing) * loss + smoothing * (lse - total / classes)
-        if z_loss:
-            loss = loss + z_loss * lse**2
-        loss = loss * jnp.where(valid | ignored, 1, jnp.nan).astype(wide)
+        lse = results[0]
+        loss = ops.row_loss(config, results) * jnp.where(ignored, 1, row_weights)
 
     if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        loss = loss / jnp.maximum((~ignored).sum(), 1).astype(wide)
+        loss = loss.sum() / counted
     return (loss, lse) if return_lse else loss
-
-
-def _unless(ignored: jax.Array, x: jax.Array) -> jax.Array:
-    return x if is_off(x) else jnp.where(ignored, 0, x)
 
 
 def _rows(labels: jax.Array, ignore_index: Any, classes: int) -> tuple[jax.Array, jax.Array]:
@@ -278,7 +223,7 @@ def softmax_cross_entropy(
     if not rows:  # operands of the primitives have at least one row axis
         logits, labels = logits[None], labels[None]
     loss = _loss(
-        _logits_statistics,
+        logits_statistics,
         (logits,),
         labels,
         vocabulary,
@@ -313,12 +258,15 @@ def linear_softmax_cross_entropy(
 ):
     """`softmax_cross_entropy(hidden @ weight + bias, labels)` that never holds all logits.
 
-    Tokens pass in chunks: their logits, in float32, are made, used and forgotten, once in the
-    forward and once more in the backward, which adds the weight's gradient up in float32. Under
-    `jit`, tokens shard freely: their devices add up the gradients of weight and bias, the only
-    traffic. Where weight and bias are sharded by the vocabulary, devices exchange three or four
-    numbers a token, and add up the gradient of hidden. A sharded D is gathered. `jax.export` needs
-    the number of tokens: it may not be a symbol.
+    Tokens pass in chunks: their logits, in float32, are made, used and forgotten. With a mean or a
+    sum the forward, where it is differentiated, makes the gradients beside the loss, in as many
+    products as with all logits in memory, and keeps them for the backward; a gradient through the
+    lse costs more. With reduction="none", or `axis_name`, the backward makes logits once more.
+    Under `jit`, tokens shard freely: their devices add up the gradients of weight and bias, the
+    only traffic. Where weight and bias are sharded by the vocabulary, devices exchange three or
+    four numbers a token, and add up the gradient of hidden; logits are made twice. A sharded D is
+    gathered. `jax.export` needs the number of tokens: it may not be a symbol. Under
+    `jax.checkpoint`, the name to save is "cross_entropy_gradients", else "cross_entropy_lse".
 
     Args:
       hidden: [*B, D], any number of leading axes; bfloat16, float16, float32, float64.
@@ -326,8 +274,9 @@ def linear_softmax_cross_entropy(
       labels: [*B], integers.
       bias: [V], hidden's dtype.
       {options}
-      chunk_size: at most so many tokens a device has logits of at once; default: what keeps them
-        near 2**26 (256 MiB).
+      chunk_size: at most so many tokens a device has logits, or gradients of logits, of at once.
+        Default: logits, in float32, take 2**28 bytes or what `weight` takes; their gradients, in
+        hidden's dtype, what the weight's gradient takes in float32.
 
     {returns}
     """
@@ -356,7 +305,7 @@ def linear_softmax_cross_entropy(
     if not rows:
         hidden, labels = hidden[None], labels[None]
     loss = _loss(
-        _linear_statistics,
+        linear_statistics,
         (hidden, weight, bias),
         labels,
         weight.shape[-1],

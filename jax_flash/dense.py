@@ -1,9 +1,11 @@
 """Dense layers as operators: linear + bias, linear + activation, linear + activation + linear.
 
 Kernels are laid out as Flax's: [inputs, outputs]. The backward of each is one rule, which decides
-what is saved, computed again, and added where: see `checkpoint_level` and `return_residual`. The
-matrix products are XLA's; on no platform is there a kernel of ours that is faster yet, so that
-`implementation` may be None or "xla".
+what is saved, computed again, and added where: see `checkpoint_level` and `return_residual`.
+
+Matrix products are XLA's, which reaches what the device can. On CUDA, in bfloat16 and float16,
+GELU's tanh form is part of cuBLASLt's product, forward and in the backward of `mlp`, and no pass
+over memory of its own; other activations, and float32, run on XLA everywhere.
 """
 
 from __future__ import annotations
@@ -35,6 +37,11 @@ def _check_activation(activation: Any) -> str:
     if activation not in ops.ACTIVATIONS:
         refuse("activation", f"one of {ops.ACTIVATIONS}", repr(activation))
     return activation
+
+
+def _check_served(config: ops.DenseConfig, x, weight, bias) -> None:
+    if config.implementation == "cuda" and (reason := ops.unfused(config, x, weight, bias)):
+        raise NotImplementedError(f"jax_flash.dense: implementation='cuda': {reason}")
 
 
 def _check_level(checkpoint_level: Any) -> int:
@@ -69,24 +76,26 @@ def dense(
         saves one bit an element at every level.
       return_residual: x comes back too. A residual branch that goes on from it has its gradient
         added to the layer's before that is rounded, in the same product.
-      implementation: None or "xla".
+      implementation: None, "xla", or "cuda": raises where GELU is not part of the product.
 
     Returns:
       [*B, F] in x's type, or (that, x).
 
     Raises:
       TypeError, ValueError: an argument has the wrong type, shape or value.
-      NotImplementedError: the implementation asked for by name does not exist.
+      NotImplementedError: the implementation asked for by name cannot serve the call.
     """
-    check_implementation(implementation, "dense", ())
+    check_implementation(implementation, "dense", ("cuda",))
     x = as_tensor("x", x, 1)
     weight, bias = _check_weight("weight", weight, x.shape[-1], "bias", bias)
     config = ops.DenseConfig(
         _check_activation(activation),
         _check_level(checkpoint_level),
         static_flag("return_residual", return_residual),
+        implementation,
     )
     _check_gate(config.activation, "weight", weight)
+    _check_served(config, x, weight, bias)
     return ops.activated(config, *_together(x, weight, bias))
 
 
@@ -154,16 +163,16 @@ def mlp(
       sequence_parallel: with axis_name: x is this device's part along `sequence_axis`, gathered
         before the first product; the result is summed and cut likewise.
       sequence_axis: the axis of x and of the result that devices share.
-      implementation: None or "xla".
+      implementation: as in `dense`.
 
     Returns:
       [*B, E] in x's type, or (that, x).
 
     Raises:
       TypeError, ValueError: an argument has the wrong type, shape or value.
-      NotImplementedError: the implementation asked for by name does not exist.
+      NotImplementedError: the implementation asked for by name cannot serve the call.
     """
-    check_implementation(implementation, "dense", ())
+    check_implementation(implementation, "dense", ("cuda",))
     x = as_tensor("x", x, 1)
     weight1, bias1 = _check_weight("weight1", weight1, x.shape[-1], "bias1", bias1)
     gated = _check_activation(activation) in ops.GATED
@@ -171,7 +180,9 @@ def mlp(
     inputs2 = weight1.shape[1] // 2 if gated else weight1.shape[1]
     weight2, bias2 = _check_weight("weight2", weight2, inputs2, "bias2", bias2)
     residual = static_flag("return_residual", return_residual)
-    config = ops.DenseConfig(activation, _check_level(checkpoint_level), residual)
+    level = _check_level(checkpoint_level)
+    config = ops.DenseConfig(activation, level, residual, implementation)
+    _check_served(config, x, weight1, bias1)
     if axis_name is None:
         if static_flag("sequence_parallel", sequence_parallel):
             refuse("sequence_parallel", "False without axis_name", True)

@@ -12,6 +12,7 @@ import jax_flash
 from benchmarks import (
     clock,
     evidence,
+    fused_model,
     model,
     operator_providers,
     operator_workloads,
@@ -261,6 +262,28 @@ def test_model_trains_and_leaves_rows(tmp_path, capsys, quick_compilation):
         assert 0 < float(row["loss"]) < 6  # log 256 = 5.5 at the start
     assert "the rest" in capsys.readouterr().out
     assert len(readme.model(found).splitlines()) == 6  # the model, a gap, four lines of a table
+
+
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_fused_model_is_the_plain_one(dropout, tmp_path, capsys, quick_compilation):
+    """First losses agree, which the run demands, and both rows are there."""
+    path = tmp_path / "fused_model.csv"
+    arguments = ["--tiny", "--rounds", "1", "--steps", "2", "--dropout", dropout]
+    assert fused_model.main([*arguments, "--out", str(path)]) == 0
+    found = rows.ModelRows(path)
+    (name,) = found.names()
+    assert [row["program"] for row in found.latest(name)] == ["jax_flash", "jax_nn_cudnn"]
+    for row in found.latest(name):
+        assert float(row["tokens_per_s"]) > 0 and 0 < float(row["loss"]) < 6
+    assert "times as fast" in capsys.readouterr().out
+    assert len(readme.fused_model(found).splitlines()) == 6
+    assert ("dropout" in name) == (dropout != "0")
+
+
+def test_fused_model_refuses_another_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fused_model, "fused_head", lambda *args: 2 * fused_model.plain_head(*args))
+    assert fused_model.main(["--tiny", "--out", str(tmp_path / "rows.csv")]) == 1
+    assert "not the same model" in capsys.readouterr().err
 
 
 OPERATORS = {  # what differs by more than its size

@@ -127,7 +127,7 @@ def test_default_widths():
     [
         (dict(activation="elu"), "activation: expected one of"),
         (dict(checkpoint_level=5), "checkpoint_level: expected 0, 1 or 2"),
-        (dict(implementation="cuda"), "no cuda kernels"),
+        (dict(implementation="cuda"), "implementation='cuda': "),
     ],
 )
 def test_refusals(kind, option, message):

@@ -107,6 +107,36 @@ def test_xla_attention_follows_the_same_losses(finished, text, tmp_path):
     np.testing.assert_allclose(flash, xla, rtol=1e-4)
 
 
+def test_fused_layers_learn_the_same_text(finished, text, tmp_path, capsys):
+    """Another model, as good: it is resumed, sampled from, and its losses fall alike."""
+    options = ["--text", str(text), "--out", str(tmp_path / "run"), "--fused"]
+    train_gpt.main([*RUN, "--steps", "5", *options])
+    train_gpt.main(["--resume", str(tmp_path / "run"), "--steps", "8"])
+    assert "fused layers" in capsys.readouterr().out
+    fused, plain = (
+        train_gpt.read_losses(path / "losses.csv")[0] for path in (tmp_path / "run", finished)
+    )
+    assert len(fused) == 8
+    assert abs(fused[0, 1] - plain[0, 1]) < 0.1
+    assert abs(fused[-1, 1] - plain[-1, 1]) < 0.5 and fused[-1, 1] < fused[0, 1] - 0.3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_labels_give_the_mean_of_the_logits_losses(fused):
+    config = gpt.Config(layers=2, width=16, heads=2, context=8, fused=fused)
+    model, tokens = gpt.GPT(config), jnp.arange(24).reshape(3, 8) * 7 % 256
+    params = model.init(jax.random.key(0), tokens)
+    labels = jnp.roll(tokens, 1)
+    logits = jax.nn.log_softmax(model.apply(params, tokens))
+    want = -jnp.take_along_axis(logits, labels[..., None], -1).mean()
+    np.testing.assert_allclose(model.apply(params, tokens, labels=labels), want, rtol=1e-5)
+
+
+def test_compare_fused_with_plain(text, capsys):
+    train_gpt.main([*SHAPE, "--text", str(text), "--fused", "--compare", "32"])
+    assert "fused" in capsys.readouterr().out.splitlines()[1]
+
+
 def test_compare_prints_a_table(text, capsys):
     train_gpt.main([*SHAPE, "--text", str(text), "--compare", "32"])
     lines = capsys.readouterr().out.splitlines()
@@ -130,6 +160,8 @@ def test_compare_prints_a_table(text, capsys):
         (["--learning-rate", "nan"], "--learning-rate: expected a positive number, got nan"),
         (["--attention", "xla", "--attention-dropout", "0.1"], "has none; use flash"),
         (["--attention", "cudnn"], "--attention: invalid choice"),
+        (["--fused", "--attention", "xla"], "--fused: its attention is flash"),
+        (["--fused", "--heads", "16"], "--fused: 1 features of a head"),
         (["--text", "no/such/file"], "--text: no such file"),
         (["--context", "3000"], "--text: 2600 bytes are too few"),
         (["--prompt", ""], "--prompt: expected at least one character"),

@@ -63,16 +63,13 @@ inline ffi::Error decode_forward(const CallFrame& call, ForwardParams& p) {
   return decode_rows_or_off("total", call.results[2], p.rows, p.total);
 }
 
-inline ffi::Error decode_backward(const CallFrame& call, BackwardParams& p) {
-  JAX_FLASH_RETURN_IF_ERROR(decode_problem(call, p));
-  JAX_FLASH_RETURN_IF_ERROR(decode_rows("lse", call.operands[2], ffi::F32, p.rows, p.lse));
-  JAX_FLASH_RETURN_IF_ERROR(decode_rows("dlse", call.operands[3], ffi::F32, p.rows, p.dlse));
-  JAX_FLASH_RETURN_IF_ERROR(decode_rows("dlabel", call.operands[4], ffi::F32, p.rows, p.dlabel));
-  JAX_FLASH_RETURN_IF_ERROR(decode_rows_or_off("dtotal", call.operands[5], p.rows, p.dtotal));
-  const ffi::AnyBuffer& dlogits = call.results[0];
-  const auto dims = dlogits.dimensions(), expected = call.operands[0].dimensions();
-  if (dims.size() != 2 || dims[0] != expected[0] || dims[1] != expected[1]) {
-    return bad_argument("dlogits", to_string(expected), to_string(dims));
+// Where the gradient goes.
+inline ffi::Error decode_dlogits(const ffi::AnyBuffer& dlogits, BackwardParams& p) {
+  const auto dims = dlogits.dimensions();
+  const bool more_rows = dims.size() == 2 && dims[0] > p.rows && p.rows % 8 == 0;
+  if (dims.size() != 2 || (dims[0] != p.rows && !more_rows) || dims[1] != p.vocabulary) {
+    return bad_argument("dlogits", "logits' shape, or more rows than a multiple of 8",
+                        to_string(dims));
   }
   const auto result = to_dtype(dlogits.element_type());
   if (!result || (*result != p.dtype && p.dtype != DType::kF32)) {
@@ -81,7 +78,34 @@ inline ffi::Error decode_backward(const CallFrame& call, BackwardParams& p) {
   }
   p.result = *result;
   p.dlogits = dlogits.untyped_data();
+  p.result_rows = dims[0];
   return expect_aligned("dlogits", dlogits);
+}
+
+inline ffi::Error decode_backward(const CallFrame& call, BackwardParams& p) {
+  JAX_FLASH_RETURN_IF_ERROR(decode_problem(call, p));
+  JAX_FLASH_RETURN_IF_ERROR(decode_rows("lse", call.operands[2], ffi::F32, p.rows, p.lse));
+  JAX_FLASH_RETURN_IF_ERROR(decode_rows("dlse", call.operands[3], ffi::F32, p.rows, p.dlse));
+  JAX_FLASH_RETURN_IF_ERROR(decode_rows("dlabel", call.operands[4], ffi::F32, p.rows, p.dlabel));
+  JAX_FLASH_RETURN_IF_ERROR(decode_rows_or_off("dtotal", call.operands[5], p.rows, p.dtotal));
+  return decode_dlogits(call.results[0], p);
+}
+
+inline ffi::Error decode_gradients(const CallFrame& call, ForwardParams& forward,
+                                   BackwardParams& backward) {
+  JAX_FLASH_RETURN_IF_ERROR(decode_forward(call, forward));
+  static_cast<Problem&>(backward) = forward;
+  backward.lse = forward.lse;
+  Loss& loss = backward.loss;
+  JAX_FLASH_RETURN_IF_ERROR(
+      decode_rows("row_weights", call.operands[2], ffi::F32, forward.rows, loss.row_weights));
+  JAX_FLASH_RETURN_IF_ERROR(
+      decode_rows("first_row", call.operands[3], ffi::S32, 1, backward.first_row));
+  JAX_FLASH_RETURN_IF_ERROR(
+      read_attribute(call.attributes, "label_smoothing", loss.label_smoothing));
+  JAX_FLASH_RETURN_IF_ERROR(read_attribute(call.attributes, "z_loss", loss.z_loss));
+  JAX_FLASH_RETURN_IF_ERROR(read_attribute(call.attributes, "classes", loss.classes));
+  return decode_dlogits(call.results[3], backward);
 }
 
 }  // namespace jax_flash::cross_entropy

@@ -20,8 +20,19 @@ ffi::Error backward(cudaStream_t stream, const CallFrame& call) {
   return to_error(launch_backward(params, stream));
 }
 
+// operands: logits, labels, row_weights, first_row, the memory of dlogits or nothing;
+// results: lse, label_logit, total, dlogits
+ffi::Error gradients(cudaStream_t stream, const CallFrame& call) {
+  ForwardParams forward;
+  BackwardParams backward;
+  JAX_FLASH_RETURN_IF_ERROR(decode_gradients(call, forward, backward));
+  JAX_FLASH_RETURN_IF_ERROR(to_error(launch_forward(forward, stream)));
+  return to_error(launch_backward(backward, stream));
+}
+
 JAX_FLASH_CUDA_HANDLER(forward, "jax_flash.cross_entropy_forward", 2, 3);
 JAX_FLASH_CUDA_HANDLER(backward, "jax_flash.cross_entropy_backward", 6, 1);
+JAX_FLASH_CUDA_HANDLER(gradients, "jax_flash.cross_entropy_gradients", 5, 4);
 
 }  // namespace
 }  // namespace jax_flash::cross_entropy

@@ -32,11 +32,22 @@ struct ForwardParams : Problem {
   float* total;              // [rows], or null: not wanted
 };
 
+// The loss of a row, (1 - smoothing) * (lse - label_logit) + smoothing * (lse - total / classes) +
+// z_loss * lse^2, for those who want the gradient of sum(row_weights * loss).
+struct Loss {
+  const float* row_weights = nullptr;  // [rows]; null: cotangents are given
+  float label_smoothing, z_loss, classes;
+};
+
 struct BackwardParams : Problem {
-  const float *lse, *dlse, *dlabel;  // [rows]
-  const float* dtotal;               // [rows], or null: zero
-  DType result;                      // of dlogits
-  void* dlogits;                     // [rows, vocabulary]; may be logits itself
+  const float* lse;                                // [rows]
+  const float *dlse = nullptr, *dlabel = nullptr;  // [rows]
+  const float* dtotal = nullptr;                   // [rows], or null: zero
+  Loss loss;                                       // instead of these three
+  DType result;                                    // of dlogits
+  void* dlogits;                       // [result_rows, vocabulary]; may be logits itself
+  int64_t result_rows;                 // at least rows
+  const int32_t* first_row = nullptr;  // on the device: where rows begin there, a multiple of 8
 };
 
 }  // namespace jax_flash::cross_entropy

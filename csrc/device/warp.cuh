@@ -35,6 +35,31 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+// Across kLanes neighbours (a power of two), with no need for the warp's other lanes.
+template <int kLanes>
+class Lanes {
+ public:
+  __device__ Lanes() {
+    const uint32_t lane = (threadIdx.y * blockDim.x + threadIdx.x) % 32;
+    mask_ = kWarp >> (32 - kLanes) << lane / kLanes * kLanes;
+  }
+  __device__ __forceinline__ float sum(float x) const {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(mask_, x, step);
+    return x;
+  }
+  __device__ __forceinline__ float max(float x) const {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      x = fmaxf(x, __shfl_xor_sync(mask_, x, step));
+    }
+    return x;
+  }
+
+ private:
+  uint32_t mask_;
+};
+
 // Lane l gets the maximum over lanes 0..l.
 __device__ __forceinline__ int32_t inclusive_max(int32_t x) {
   const int lane = threadIdx.x % 32;

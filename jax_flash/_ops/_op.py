@@ -51,6 +51,8 @@ class Signature:
       enter: (operands, cuts) -> a device's operands, where their values count from the call's
         first column; `cuts` are the mesh axes that each cut name lies on.
       join: (results, cuts) -> the call's results, where they are no sums over the devices.
+      instead: (operands, cuts) -> a device's part of the results where, cut so, it is not what the
+        implementation makes of its operands, or None.
     """
 
     operands: tuple[Axes, ...]
@@ -59,6 +61,7 @@ class Signature:
     aliases: dict[str, str]
     enter: Callable[..., Sequence[jax.Array]] | None = None
     join: Callable[..., Sequence[jax.Array]] | None = None
+    instead: Callable[..., Sequence[jax.Array] | None] | None = None
 
 
 class _Cut(NamedTuple):
@@ -88,11 +91,13 @@ class Implementation:
       name: "cuda", "cpu" or "xla".
       run: (config, *operands) -> results.
       refuse: (config, *operands) -> the reason why it cannot serve this call, or None.
+      slower: (config, *operands) -> XLA's form is faster; it runs where nobody names this one.
     """
 
     name: str
     run: Callable[..., Sequence[jax.Array]]
     refuse: Callable[..., str | None] = lambda *_: None
+    slower: Callable[..., bool] = lambda *_: False
 
 
 def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -136,6 +141,10 @@ class Op:
 
     def __call__(self, config, *operands) -> tuple[jax.Array, ...]:
         return tuple(self.primitive.bind(*vary_together(*operands), config=config))
+
+    def on_this_device(self, config, *operands) -> tuple[jax.Array, ...]:
+        """The call inside the body of another operator, where each device is alone."""
+        return tuple(self._local.bind(*vary_together(*operands), config=config))
 
     def _make(self, name: str) -> extend_core.Primitive:
         primitive = extend_core.Primitive(name)
@@ -277,7 +286,9 @@ class Op:
             ]
             if cuts and signature.enter:
                 full = signature.enter(full, cuts)
-            out = self._local.bind(*vary_together(*full), config=config)
+            out = signature.instead(full, cuts) if cuts and signature.instead else None
+            if out is None:
+                out = self.on_this_device(config, *full)
             if cuts and signature.join:
                 out = signature.join(out, cuts)
             return tuple(out[i] for i in on_results)
@@ -350,6 +361,8 @@ class Op:
                 f"{platform!r}"
             )
         reason = native.refuse(config, *operands)
+        if reason is None and asked is None and native.slower(config, *operands):
+            return self._xla.run(config, *operands)
         if reason is None:
             return native.run(config, *operands)
         if asked is not None:

@@ -1,14 +1,17 @@
-"""The dense operators' arithmetic and their joined backward; XLA's matrix products do the work.
+"""The dense operators' arithmetic and their joined backward, put together from matrix products.
 
     affine       y = x W + b
     activated    y = act(x W + b)
     mlp          y = act(x W1 + b1) W2 + b2
 
+GELU in its tanh form is part of a product where that is faster: _ops/dense_gelu.py.
+
 What distinguishes them from plain jnp is what the backward keeps and how it adds:
 `checkpoint_level` says what is saved and what computed again, ReLU's derivative is kept as bits,
 and the gradient of a residual is added to the product's before it is rounded. Products are those of
 x's type with float32 accumulation; bias and activation are float32. The activation is taken of the
-pre-activation as it is stored, so that a result does not depend on what is computed again.
+pre-activation as it is stored, so that a result does not depend on what is computed again (but
+inside of a product: there of what is not yet rounded).
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from jax_flash._ops import dense_gelu as gelu
+from jax_flash._ops._op import vary_together
 
 GATED = {"swiglu": jax.nn.silu, "geglu": functools.partial(jax.nn.gelu, approximate=True)}
 _ELEMENTWISE: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -42,11 +48,13 @@ class DenseConfig:
       checkpoint_level: 0 saves the pre-activation and the activation, 1 the pre-activation, 2
         neither. With ReLU, whose pre-activation is kept as bits, 1 is as 0.
       return_residual: x comes back as a second result, whose cotangent is added in the backward.
+      implementation: of products with GELU: None, "cuda" or "xla".
     """
 
     activation: str = "identity"
     checkpoint_level: int = 0
     return_residual: bool = False
+    implementation: str | None = None
 
 
 def activate(activation: str, pre: jax.Array) -> jax.Array:
@@ -64,6 +72,29 @@ def _affine(x, weight, bias) -> jax.Array:
     if bias is None or bias.dtype == y.dtype:
         return y if bias is None else y + bias
     return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
+
+
+def unfused(config: DenseConfig, x, weight, bias) -> str | None:
+    """Why act(x W + b) is a product and a loop, and no product with its activation; or None."""
+    if config.implementation == "xla":
+        return "implementation='xla'"
+    if config.activation != "gelu_tanh":
+        return f"activation {config.activation!r} (kernels: 'gelu_tanh')"
+    return gelu.unserved(x, weight, bias)
+
+
+def _gelu_config(config, x, keeps_pre: bool = True) -> gelu.GeluConfig:
+    return gelu.GeluConfig(x.ndim - 1, keeps_pre, config.implementation)
+
+
+def _hidden(config, x, weight, bias, keeps_pre: bool):
+    """act(x W + b) in x's type; and x W + b, which may be anything where it is not to be kept."""
+    if unfused(config, x, weight, bias) is None:
+        off = jnp.zeros((0,), x.dtype) if bias is None else bias
+        operands = vary_together(x, weight.astype(x.dtype), off)
+        return gelu.product_gelu(_gelu_config(config, x, keeps_pre), *operands)
+    pre = _affine(x, weight, bias)
+    return activate(config.activation, pre).astype(x.dtype), pre
 
 
 def _rows(x) -> jax.Array:
@@ -120,12 +151,12 @@ def _activation_gradient(config, saved, dh, width: int, dtype) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def activated(config: DenseConfig, x, weight, bias):
     """act(x W + b) [*B, F], and x if config.return_residual; bias [F] or None."""
-    return _activated_forward(config, x, weight, bias)[0]
+    out, _ = _hidden(config, x, weight, bias, keeps_pre=False)
+    return (out, x) if config.return_residual else out
 
 
 def _activated_forward(config, x, weight, bias):
-    pre = _affine(x, weight, bias)
-    out = activate(config.activation, pre).astype(x.dtype)
+    out, pre = _hidden(config, x, weight, bias, keeps_pre=config.checkpoint_level < 2)
     saved = None
     if config.activation == "relu":
         saved = checkpoint_name(_pack(pre), "dense_relu_bits")
@@ -159,12 +190,13 @@ activated.defvjp(_activated_forward, _activated_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mlp(config: DenseConfig, x, weight1, bias1, weight2, bias2):
     """act(x W1 + b1) W2 + b2 [*B, D2], and x if config.return_residual."""
-    return _mlp_forward(config, x, weight1, bias1, weight2, bias2)[0]
+    hidden, _ = _hidden(config, x, weight1, bias1, keeps_pre=False)
+    out = _affine(hidden, weight2, bias2)
+    return (out, x) if config.return_residual else out
 
 
 def _mlp_forward(config, x, weight1, bias1, weight2, bias2):
-    pre = _affine(x, weight1, bias1)
-    hidden = activate(config.activation, pre).astype(x.dtype)
+    hidden, pre = _hidden(config, x, weight1, bias1, keeps_pre=config.checkpoint_level < 2)
     out = _affine(hidden, weight2, bias2)
     saved = kept = None
     if config.checkpoint_level < 2:
@@ -182,13 +214,17 @@ def _mlp_backward(config, residuals, cotangents):
     x, weight1, bias1, weight2, bias2, saved, hidden = residuals
     dout, dresidual = cotangents if config.return_residual else (cotangents, None)
     if saved is None:
-        pre = _affine(x, weight1, bias1)
-        hidden = activate(config.activation, pre).astype(x.dtype)
+        hidden, pre = _hidden(config, x, weight1, bias1, keeps_pre=True)
         saved = _pack(pre) if config.activation == "relu" else pre
     elif hidden is None:
         hidden = activate(config.activation, saved).astype(x.dtype)
-    dhidden = jnp.matmul(dout, weight2.astype(dout.dtype).T)
-    dpre = _activation_gradient(config, saved, dhidden, weight1.shape[-1], x.dtype)
+    weight = weight2.astype(dout.dtype)
+    if unfused(config, x, weight1, bias1) is None and gelu.unserved(dout, weight, None) is None:
+        operands = vary_together(dout, weight, saved)
+        (dpre,) = gelu.product_gelu_gradient(_gelu_config(config, dout), *operands)
+    else:
+        dhidden = jnp.matmul(dout, weight.T)
+        dpre = _activation_gradient(config, saved, dhidden, weight1.shape[-1], x.dtype)
     return (
         _input_gradient(dpre, weight1, dresidual),
         _weight_gradient(x, dpre, weight1),

@@ -124,6 +124,11 @@ def _refuse(config, x, *rest) -> str | None:
     return _register.refusal("cuda", x.dtype)
 
 
+def _slower(config, *operands) -> bool:
+    """H200, bf16, 4 x 4096 x 32 x 128: half 3737 GB/s for XLA's 3950, interleaved 3774 for 1651."""
+    return not config.interleaved and not config.packed
+
+
 def _kernel(config, x, *rest):
     """Packed, the result takes x's memory; XLA copies it first where x is needed once more."""
     (result,) = _results(config, x, *rest)
@@ -147,6 +152,6 @@ rotary = Op(
     "rotary",
     signature=_signature,
     results=_results,
-    native={"cuda": Implementation("cuda", _kernel, _refuse)},
+    native={"cuda": Implementation("cuda", _kernel, _refuse, _slower)},
     xla=Implementation("xla", rotate),
 )

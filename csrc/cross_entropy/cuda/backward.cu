@@ -17,7 +17,9 @@ void launch_rows(const BackwardParams& p, cudaStream_t stream) {
 // 50257 (98 KiB) 3790 and 3950; 16384 (32 KiB) 3780 by a warp, 3670 by 512.
 template <typename Element, typename Result>
 void launch(const BackwardParams& p, cudaStream_t stream) {
-  if (row_bytes(p) <= 32 << 10) {
+  if (row_bytes(p) <= 512) {
+    launch_rows<Element, Result, 8, 4>(p, stream);
+  } else if (row_bytes(p) <= 32 << 10) {
     launch_rows<Element, Result, 32, 4>(p, stream);
   } else if (row_bytes(p) <= 160 << 10) {
     launch_rows<Element, Result, 512, 2>(p, stream);

@@ -7,24 +7,48 @@
 
 namespace jax_flash::cross_entropy {
 
+struct Cotangents {
+  float dlse = 0.0f, dlabel = 0.0f, dtotal = 0.0f;
+};
+
+__device__ __forceinline__ Cotangents cotangents_of(const BackwardParams& p, int64_t row,
+                                                    float lse) {
+  if (p.loss.row_weights == nullptr) {
+    return {p.dlse[row], p.dlabel[row], p.dtotal == nullptr ? 0.0f : p.dtotal[row]};
+  }
+  const Loss& loss = p.loss;
+  const float weight = loss.row_weights[row];
+  if (weight == 0.0f) return {};  // lse may be anything
+  return {weight * (1.0f + 2.0f * loss.z_loss * lse), (loss.label_smoothing - 1.0f) * weight,
+          -loss.label_smoothing / loss.classes * weight};
+}
+
+// The first row of dlogits: whatever the device says, rows lie inside and vectors are aligned.
+__device__ __forceinline__ int64_t first_result_row(const BackwardParams& p) {
+  if (p.first_row == nullptr) return 0;
+  const int64_t first = max(static_cast<int64_t>(*p.first_row), INT64_C(0));
+  return min(first, p.result_rows - p.rows) & ~INT64_C(7);
+}
+
 template <typename Element, typename Result, int kThreads, int kUnroll, int kBlocks>
-__global__ void __launch_bounds__(kThreads == 32 ? 256 : kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBlocks)
     backward_kernel(const __grid_constant__ BackwardParams p) {
   constexpr int kSize = 16 / sizeof(Element);
   using ResultVector = device::Vector<Result, kSize>;
 
   const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kThreads == 32 ? blockDim.y : 1) + threadIdx.y;
+      static_cast<int64_t>(blockIdx.x) * (kThreads <= 32 ? blockDim.y : 1) + threadIdx.y;
   if (row >= p.rows) return;
   const int64_t first = row * p.vocabulary;
   const Element* logits = static_cast<const Element*>(p.logits) + first;
-  Result* dlogits = static_cast<Result*>(p.dlogits) + first;
+  Result* dlogits = static_cast<Result*>(p.dlogits) + first_result_row(p) * p.vocabulary + first;
   const Columns<kSize> columns(first, p.vocabulary);
   const int thread = threadIdx.x;
 
-  const float scale = p.scale, lse = p.lse[row], dlse = p.dlse[row];
-  const float slope = scale * dlse, constant = p.dtotal == nullptr ? 0.0f : scale * p.dtotal[row];
-  const bool reads = dlse != 0.0f;
+  const float scale = p.scale, lse = p.lse[row];
+  const Cotangents d = cotangents_of(p, row, lse);
+  const float slope = scale * d.dlse, constant = scale * d.dtotal;
+  const bool reads = d.dlse != 0.0f;
   // NOTE: the difference before the factor: exp(0) is 1 however large the logits are.
   const auto dlogit = [&](float x) {
     const float shift = fmaf(x, scale, -lse);
@@ -71,7 +95,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 256 : kThreads, kBlocks)
 
   if (owns_label) {
     const float others = reads ? dlogit(label_logit) : constant;
-    dlogits[label] = device::from_float<Result>(fmaf(scale, p.dlabel[row], others));
+    dlogits[label] = device::from_float<Result>(fmaf(scale, d.dlabel, others));
   }
 }
 

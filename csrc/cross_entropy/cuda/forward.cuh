@@ -42,12 +42,11 @@ struct ExpSum {
       sum += ptx::exp2_approx((x[i / kSize][i % kSize] - reference) * factor);
     }
   }
-  // Over the lanes of the warp; every lane gets the result.
-  __device__ __forceinline__ void warp_combine(float factor) {
-    const float largest =
-        kNegativeScale ? -device::warp_max(-reference) : device::warp_max(reference);
-    rescale(largest, factor);
-    sum = device::warp_sum(sum);
+  // Over lanes that share a row; each gets the result.
+  template <int kLanes>
+  __device__ __forceinline__ void combine(const device::Lanes<kLanes>& lanes, float factor) {
+    rescale(kNegativeScale ? -lanes.max(-reference) : lanes.max(reference), factor);
+    sum = lanes.sum(sum);
   }
 };
 
@@ -63,14 +62,14 @@ __device__ __forceinline__ uint32_t bits_of_word(float x) {
 
 template <typename Element, bool kTotal, bool kNegativeScale, int kThreads, int kUnroll,
           int kBlocks>
-__global__ void __launch_bounds__(kThreads == 32 ? 256 : kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBlocks)
     forward_kernel(const __grid_constant__ ForwardParams p) {
   using Sum = ExpSum<kNegativeScale>;
-  constexpr int kSize = 16 / sizeof(Element), kWarps = kThreads / 32;
+  constexpr int kSize = 16 / sizeof(Element), kWarps = kThreads <= 32 ? 1 : kThreads / 32;
   __shared__ float warp_references[kWarps], warp_sums[kWarps], warp_totals[kWarps];
 
   const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kThreads == 32 ? blockDim.y : 1) + threadIdx.y;
+      static_cast<int64_t>(blockIdx.x) * (kThreads <= 32 ? blockDim.y : 1) + threadIdx.y;
   if (row >= p.rows) return;
   const int64_t first = row * p.vocabulary;
   const Element* logits = static_cast<const Element*>(p.logits) + first;
@@ -131,9 +130,10 @@ __global__ void __launch_bounds__(kThreads == 32 ? 256 : kThreads, kBlocks)
   }
 
   // The threads of the row.
-  exp_sum.warp_combine(factor);
-  if (kTotal) total = device::warp_sum(total);
-  if (kThreads > 32) {
+  const device::Lanes<kThreads <= 32 ? kThreads : 32> lanes;
+  exp_sum.combine(lanes, factor);
+  if (kTotal) total = lanes.sum(total);
+  if constexpr (kThreads > 32) {
     if (thread % 32 == 0) {
       warp_references[thread / 32] = exp_sum.reference;
       warp_sums[thread / 32] = exp_sum.sum;
@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kThreads == 32 ? 256 : kThreads, kBlocks)
     const bool exists = thread < kWarps;
     exp_sum.reference = exists ? warp_references[thread] : Sum::kLowest;
     exp_sum.sum = exists ? warp_sums[thread] : 0.0f;
-    exp_sum.warp_combine(factor);
-    if (kTotal) total = device::warp_sum(exists ? warp_totals[thread] : 0.0f);
+    exp_sum.combine(lanes, factor);
+    if (kTotal) total = lanes.sum(exists ? warp_totals[thread] : 0.0f);
   }
   if (thread == 0) {
     p.lse[row] = fmaf(exp_sum.reference, p.scale, logf(exp_sum.sum));

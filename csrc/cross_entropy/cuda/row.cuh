@@ -8,8 +8,8 @@
 //
 // Vectors count from `origin`, the 128-byte boundary before the row, so that a warp's 512 bytes are
 // whole sectors of memory, of which no other warp has a part (50257 classes, in place: 3300 GB/s
-// without, 3950 with). Threads are (x, y): kThreads threads work on a row; where those are a warp,
-// a block has several rows.
+// without, 3950 with). Threads are (x, y): kThreads threads work on a row; where those are a warp
+// or less, a block has several rows.
 #pragma once
 
 #include "cross_entropy/params.h"
@@ -18,6 +18,7 @@
 
 namespace jax_flash::cross_entropy {
 
+inline constexpr int kSmallBlock = 256;  // threads, where several rows share a warp or a block
 inline constexpr float kLog2e = 1.4426950408889634f;
 
 // Elements [first, first + width) of an array that starts at a multiple of 128 bytes; columns may

@@ -7,10 +7,10 @@
 
 namespace jax_flash::cross_entropy {
 
-// What kThreads threads have in the kernels: a row; warps, that of several rows.
+// kThreads a row; blocks of 256 where those are a warp or less.
 template <int kThreads>
 struct LaunchShape {
-  static constexpr unsigned kRows = kThreads == 32 ? 8 : 1;
+  static constexpr unsigned kRows = kThreads <= 32 ? 256 / kThreads : 1;
 
   unsigned blocks;
   dim3 threads{kThreads, kRows};

@@ -12,10 +12,10 @@
 #define __host__
 #define __forceinline__ inline
 
-struct ThreadIndex {
-  unsigned x;
+struct Index {
+  unsigned x = 0, y = 0;
 };
-inline ThreadIndex threadIdx;
+inline Index threadIdx, blockDim{1, 1};
 
 using std::max;
 using std::min;

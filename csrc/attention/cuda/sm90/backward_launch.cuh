@@ -11,20 +11,13 @@
 
 namespace jax_flash::attention::sm90 {
 
-// Columns (batch entry, kv head) whose key tiles pass by together: as many as share L2, where a
-// mask makes some tiles longer than others; else one after another.
-inline int section_columns(const Problem& p, int64_t columns) {
+// Columns (batch entry, kv head) whose key tiles pass by together. Where a mask makes some tiles
+// longer than others, so many that a handful of CTAs share a column's queries: with fewer, all add
+// to the same sums of dQ; with more, L2 no longer serves them. Else one.
+inline int section_columns(const Problem& p, int64_t columns, int head_dim) {
   if (p.mask.window_right >= p.seq_k && p.mask.window_left >= p.seq_q && !p.mask.varlen) return 1;
-  const int64_t sequences = p.mask.varlen ? std::max<int64_t>(p.num_sequences, 1) : 1;
-  // Q and dO in 16 bits, dQ in 32.
-  const int64_t column_bytes =
-      p.heads / p.kv_heads * (p.seq_q / sequences + 1) * (p.head_dim + p.value_dim) * 4;
-  int section = 1;
-  for (int64_t columns_of_section = 1; columns_of_section <= columns; ++columns_of_section) {
-    if (columns % columns_of_section == 0 && columns_of_section * column_bytes <= kL2Bytes) {
-      section = static_cast<int>(columns_of_section);
-    }
-  }
+  int section = head_dim > 128 ? 16 : 32;
+  while (columns % section != 0) --section;
   return section;
 }
 
@@ -42,7 +35,7 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   const int64_t query_tiles = plan.batches * p.heads * plan.query_slots;
   if (num_places > INT32_MAX / 2 || query_tiles > INT32_MAX / 2) return kNotCovered;
   a.num_places = static_cast<int>(num_places);
-  a.section = section_columns(p, columns);
+  a.section = section_columns(p, columns, Traits::kHeadDim);
 
   if (plan.bytes > p.workspace_bytes) {
     return "jax_flash: workspace: smaller than the CUDA backward needs";

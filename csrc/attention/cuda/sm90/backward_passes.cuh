@@ -64,43 +64,40 @@ __global__ void __launch_bounds__(kPassThreads)
   static_assert(kBlockM % kRowStep == 0);
   const BackwardParams& p = a.p;
   const BackwardPlan& plan = a.plan;
-  const int64_t query_tiles = plan.batches * p.heads * plan.query_slots;
-  const int64_t tile = blockIdx.x;  // [batches, heads, query_slots]
+  const uint32_t slots = plan.query_slots, heads = p.heads;
+  const uint32_t query_tiles = static_cast<uint32_t>(plan.batches) * heads * slots;
+  const uint32_t tile = blockIdx.x;  // [batches, heads, query_slots]
   if (tile >= query_tiles) {
-    const int64_t index = (tile - query_tiles) * kPlacesPerCta + threadIdx.x / 32;
+    const int index = static_cast<int>((tile - query_tiles) * kPlacesPerCta + threadIdx.x / 32);
     if (index == 0 && threadIdx.x == 0) *a.next_tile = 0;
     if (index >= a.num_places) return;
-    const KeyTilePlace place = find_place<kBlockM, Traits::kBlockN>(a, static_cast<int>(index));
+    const KeyTilePlace place = find_place<kBlockM, Traits::kBlockN>(a, index);
     if (threadIdx.x % 32 == 0) a.places[index] = place;
     return;
   }
-  const int slot = static_cast<int>(tile % plan.query_slots);
-  const int head = static_cast<int>(tile / plan.query_slots % p.heads);
-  const BatchIndex batch(p, tile / plan.query_slots / p.heads);
+  const uint32_t column = tile / slots;  // of heads
+  const int slot = static_cast<int>(tile % slots), head = static_cast<int>(column % heads);
+  const BatchIndex batch(p, column / heads);
   const Sequence s = find_sequence(p, batch, Axis::kQuery, kBlockM, slot);
-
-  constexpr int kVectors = kBlockM * kHeadDim / 4;
-  for (int64_t buffer = 0; buffer < plan.dq_buffers; ++buffer) {
-    float4* sum =
-        reinterpret_cast<float4*>(plan.dq_sum + buffer * plan.dq_elements) + tile * kVectors;
-#pragma unroll
-    for (int i = 0; i < kVectors; i += kPassThreads) sum[i + threadIdx.x] = {};
-  }
 
   const int lane = threadIdx.x % kLanes, col = 8 * lane;
   const float inverse_dropout_scale = 1.0f / dropout_scale(p.dropout);
-  float* stats = reinterpret_cast<float*>(plan.stats) + tile * (2 * kBlockM);
+  float* stats = reinterpret_cast<float*>(plan.stats) + int64_t{tile} * (2 * kBlockM);
+  const auto first_row = [&](const ConstTensor& tensor) {
+    const int row = s.query_start + s.first_row + threadIdx.x / kLanes;
+    return element_pointer<Element>(tensor, batch, row, head) + col;
+  };
+  const Element *const o_rows = first_row(p.o), *const dout_rows = first_row(p.dout);
 #pragma unroll
   for (int first = 0; first < kBlockM; first += kRowStep) {
     const int row_in_tile = first + threadIdx.x / kLanes, row = s.first_row + row_in_tile;
     const bool exists = row < s.query_length;
     float delta = 0.0f;
     if (exists && col < p.value_dim) {
-      const auto load = [&](const ConstTensor& tensor) {
-        return *reinterpret_cast<const uint4*>(
-            element_pointer<Element>(tensor, batch, s.query_start + row, head) + col);
+      const auto load = [&](const Element* rows, int64_t row_stride) {
+        return *reinterpret_cast<const uint4*>(rows + first * row_stride);
       };
-      const uint4 o = load(p.o), dout = load(p.dout);
+      const uint4 o = load(o_rows, p.o.row_stride), dout = load(dout_rows, p.dout.row_stride);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 x = device::unpack<Element>(reinterpret_cast<const uint32_t*>(&o)[i]);
@@ -126,6 +123,12 @@ __global__ void __launch_bounds__(kPassThreads)
       stats[kBlockM + stats_index(row_in_tile)] = delta_scaled;
     }
   }
+
+  // Last, since nobody waits for it here.
+  constexpr int kVectors = kBlockM * kHeadDim / 4;
+  float4* sum = reinterpret_cast<float4*>(plan.dq_sum) + int64_t{tile} * kVectors;
+#pragma unroll
+  for (int i = 0; i < kVectors; i += kPassThreads) sum[i + threadIdx.x] = {};
 }
 
 // Adds up the f32 sums of a tile, scales them and writes them as rows [first_row, rows) of a
@@ -200,18 +203,19 @@ __global__ void __launch_bounds__(kPassThreads)
   const BackwardParams& p = a.p;
   const BackwardPlan& plan = a.plan;
   const float dropout = dropout_scale(p.dropout);
-  const int64_t query_tiles = plan.batches * p.heads * plan.query_slots;
+  const uint32_t slots = plan.query_slots, heads = p.heads;
+  const uint32_t query_tiles = static_cast<uint32_t>(plan.batches) * heads * slots;
   if (blockIdx.x < query_tiles) {
-    const int64_t tile = blockIdx.x;  // [batches, heads, query_slots]
-    const int slot = static_cast<int>(tile % plan.query_slots);
-    const int head = static_cast<int>(tile / plan.query_slots % p.heads);
-    const BatchIndex batch(p, tile / plan.query_slots / p.heads);
+    const uint32_t tile = blockIdx.x;  // [batches, heads, query_slots]
+    const int slot = static_cast<int>(tile % slots);
+    const int head = static_cast<int>(tile / slots % heads);
+    const BatchIndex batch(p, tile / slots / heads);
     const Sequence s = find_sequence(p, batch, Axis::kQuery, kBlockM, slot);
     if (s.slot_is_empty(Axis::kQuery)) return;
     finish_tile<Element, kBlockM, kHeadDim>(
-        plan.dq_sum + tile * (kBlockM * kHeadDim), plan.dq_buffers, plan.dq_elements,
-        p.scale * dropout, element_pointer<Element>(p.dq, batch, s.query_start + s.first_row, head),
-        p.dq.row_stride, s.query_rows - s.first_row, static_cast<int>(p.head_dim));
+        plan.dq_sum + int64_t{tile} * (kBlockM * kHeadDim), 1, 0, p.scale * dropout,
+        element_pointer<Element>(p.dq, batch, s.query_start + s.first_row, head), p.dq.row_stride,
+        s.query_rows - s.first_row, static_cast<int>(p.head_dim));
   } else {
     const int64_t index = blockIdx.x - query_tiles,
                   tiles = plan.batches * p.kv_heads * plan.key_slots;

@@ -26,9 +26,7 @@ struct SupplierTraits {
   static constexpr int kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kSupplierRegisters = 72, kConsumerRegisters = 216;
-  // dQ is made in blocks of 64 queries x kDqDims dims.
-  static constexpr int kDqDims = 64, kDqBlocks = kBlockM / 64 * (kHeadDim / kDqDims);
-  static constexpr bool kAddsByCopy = true;
+  static constexpr int kDqBlocks = kBlockM / 64 * (kHeadDim / 64);  // of 64 queries x 64 dims
 
   using KeyTile = device::SharedTile<kBlockN, kHeadDim>;
   using QueryTile = device::SharedTile<kBlockM, kHeadDim>;

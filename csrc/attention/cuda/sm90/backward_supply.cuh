@@ -1,4 +1,4 @@
-// The first warpgroup of the kernels in backward_supplier.cuh and backward_wide.cuh.
+// The first warpgroup of the kernel in backward_supplier.cuh.
 #pragma once
 
 #include "attention/cuda/sm90/backward_common.cuh"
@@ -10,17 +10,15 @@ namespace jax_flash::attention::sm90 {
 // kOwn, kTurn + consumer
 enum class SupplierBarrier { kConsumers = 1, kSupplier = 2, kOwn = 3, kTurn = 5 };
 
-// The first warpgroup: takes places, brings operands and makes dQ = dS K, in blocks of 64 queries x
-// kDqDims dims, which it adds to the sums: from its registers, or, leaner on its time, by a copy
-// from shared memory.
+// Takes places, brings operands and makes dQ = dS K, in blocks of 64 queries x 64 dims, which bulk
+// copies add to the sums.
 template <class Traits>
 __device__ __forceinline__ void supply(const BackwardArguments& a, typename Traits::Smem& smem) {
   using KeyTile = typename Traits::KeyTile;
   using QueryTile = typename Traits::QueryTile;
   using ScoreTile = typename Traits::ScoreTile;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
-  constexpr int kDimBlocks = Traits::kHeadDim / Traits::kDqDims;
-  constexpr int kUnrolledBlocks = Traits::kAddsByCopy ? Traits::kDqBlocks : 1;  // what spills least
+  constexpr int kDimBlocks = Traits::kHeadDim / 64;
   const int thread = threadIdx.x;
   const bool is_leader = thread == 0;
   Ring<Traits::kStages> ring;
@@ -146,14 +144,13 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
         ++dq_head;
       }
       ptx::mbarrier_wait(smem.ds_full[ds_ring.stage], ds_ring.phase);
-#pragma unroll kUnrolledBlocks
+#pragma unroll
       for (int block = 0; block < Traits::kDqBlocks; ++block) {
         const ptx::MatrixDescriptor a = ptx::MatrixDescriptor(&smem.ds[ds_ring.stage], 0) +
                                         block / kDimBlocks * (ScoreTile::kSlabBytes >> 4);
-        const ptx::MatrixDescriptor b =
-            ptx::MatrixDescriptor(&smem.k, KeyTile::kSlabBytes) +
-            block % kDimBlocks * (Traits::kDqDims / 64 * KeyTile::kSlabBytes >> 4);
-        float rDQ[Traits::kDqDims / 8][4];
+        const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&smem.k, KeyTile::kSlabBytes) +
+                                        block % kDimBlocks * (KeyTile::kSlabBytes >> 4);
+        float rDQ[8][4];
         ptx::wgmma_pin(rDQ);
         ptx::wgmma_fence();
 #pragma unroll
@@ -162,29 +159,19 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
                                                            b + k * ptx::kRows16, k > 0);
         }
         ptx::wgmma_commit();
-        if constexpr (Traits::kAddsByCopy) {
-          if (is_leader) ptx::bulk_wait<1, true>();
-          sync();  // The copy before the last has read its block: it is free.
-        }
+        if (is_leader) ptx::bulk_wait<1, true>();
+        sync();  // The copy before the last has read its block: it is free.
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(rDQ);
         if (block == Traits::kDqBlocks - 1) release(smem.ds_empty[ds_ring.stage]);
-        float* const target = dq + block * (64 * Traits::kDqDims);
-        if constexpr (Traits::kAddsByCopy) {
-          float4* out = reinterpret_cast<float4*>(smem.dq[block % 2]) + thread;
+        float4* out = reinterpret_cast<float4*>(smem.dq[block % 2]) + thread;
 #pragma unroll
-          for (int n = 0; n < 8; ++n) out[n * 128] = {rDQ[n][0], rDQ[n][1], rDQ[n][2], rDQ[n][3]};
-          ptx::fence_async_shared();
-          sync();  // The block is written before it is copied.
-          if (is_leader) {
-            ptx::bulk_reduce_add(target, smem.dq[block % 2], sizeof(smem.dq[0]));
-            ptx::bulk_commit();
-          }
-        } else {
-#pragma unroll
-          for (int n = 0; n < Traits::kDqDims / 8; ++n) {
-            ptx::red_add_4(target + (n * 128 + thread) * 4, rDQ[n]);
-          }
+        for (int n = 0; n < 8; ++n) out[n * 128] = {rDQ[n][0], rDQ[n][1], rDQ[n][2], rDQ[n][3]};
+        ptx::fence_async_shared();
+        sync();  // The block is written before it is copied.
+        if (is_leader) {
+          ptx::bulk_reduce_add(dq + block * 4096, smem.dq[block % 2], sizeof(smem.dq[0]));
+          ptx::bulk_commit();
         }
       }
       ds_ring.advance();
@@ -192,9 +179,7 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
       if (i == 0) request(t + 1);
     }
   }
-  if constexpr (Traits::kAddsByCopy) {
-    if (is_leader) ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.
-  }
+  if (is_leader) ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.
 }
 
 }  // namespace jax_flash::attention::sm90

@@ -2,14 +2,14 @@
 // keys, so that the two consumers share the work by its nature:
 //   consumer 0   S^T = K Q^T,  P,   dV += P^T dO
 //   consumer 1   dP^T = V dO^T,  dS = P * (dP - delta),   dK += dS^T Q
-// P goes from one to the other through shared memory; the first warpgroup brings the operands and
-// makes dQ (backward_supply.cuh). docs/kernels/hopper_backward.md.
+// P goes from one to the other through shared memory. A third warpgroup makes dQ and adds it to the
+// sums, a warp of a fourth brings the operands. docs/kernels/hopper_backward.md.
 #pragma once
 
 #include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_common.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
-#include "attention/cuda/sm90/backward_supply.cuh"
+#include "attention/cuda/sm90/backward_wide_supply.cuh"
 #include "device/element.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
@@ -23,11 +23,9 @@ struct WideTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = 64, kBlockN = 64;  // queries of a step, keys of the CTA
   static constexpr int kStages = 2;                 // Q and dO tiles in shared memory
-  static constexpr int kThreads = 384;
-  // 3 x 168 registers a thread of each warpgroup's rank at launch.
-  static constexpr int kSupplierRegisters = 88, kConsumerRegisters = 208;
-  static constexpr int kDqDims = 64, kDqBlocks = kHeadDim / kDqDims;
-  static constexpr bool kAddsByCopy = false;  // shared memory is full
+  static constexpr int kThreads = 512;
+  // 4 x 128 registers a thread of each warpgroup's rank at launch.
+  static constexpr int kProducerRegisters = 32, kDqRegisters = 64, kConsumerRegisters = 208;
 
   using KeyTile = device::SharedTile<kBlockN, kHeadDim>;
   using QueryTile = device::SharedTile<kBlockM, kHeadDim>;
@@ -56,7 +54,7 @@ template <class Traits>
 __device__ __forceinline__ void initialise_wide_barriers(typename Traits::Smem& smem) {
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(smem.place_full[i], 1);
-    ptx::mbarrier_init(smem.place_empty[i], 8);
+    ptx::mbarrier_init(smem.place_empty[i], 12);
     ptx::mbarrier_init(smem.p_full[i], 4);
     ptx::mbarrier_init(smem.p_empty[i], 4);
     ptx::mbarrier_init(smem.ds_full[i], 4);
@@ -137,13 +135,20 @@ class WideConsumer {
   // dV += P^T dO or dK += dS^T Q.
   __device__ __forceinline__ static void accumulate(Gradient& rD, Operand& rA,
                                                     const QueryTile& queries) {
+    // Two halves: ptxas refuses an instruction with 128 accumulators in a kernel of 512 threads.
+    constexpr int kHalf = kHeadDim / 16;
+    auto& left = reinterpret_cast<float (&)[kHalf][4]>(rD[0]);
+    auto& right = reinterpret_cast<float (&)[kHalf][4]>(rD[kHalf]);
     const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&queries, QueryTile::kSlabBytes);
     ptx::wgmma_pin(rD);
     ptx::wgmma_pin(rA);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
-      ptx::wgmma<Element, true>(rD, rA[k], b + k * ptx::kRows16, true);
+      ptx::wgmma<Element, true>(left, rA[k], b + k * ptx::kRows16, true);
+      ptx::wgmma<Element, true>(
+          right, rA[k], b + (kHeadDim / 128 * (QueryTile::kSlabBytes >> 4) + k * ptx::kRows16),
+          true);
     }
     ptx::wgmma_commit();
   }
@@ -297,7 +302,7 @@ class WideConsumer {
     const int rows = s.key_rows - s.first_row, col = thread() % kChunks * 8;
     const bool has_steps = place.num_steps > 0;
     KeyTile& tile = kIsValue ? smem_.v : smem_.k;
-    const int barrier = static_cast<int>(SupplierBarrier::kOwn) + (kIsValue ? 0 : 1);
+    const int barrier = kIsValue ? 1 : 2;
     if (has_steps) {
       const float scale = dropout_scale(a_.p.dropout) * (kIsValue ? 1.0f : a_.p.scale);
       const device::LdmatrixAddress<KeyTile> address(
@@ -349,9 +354,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) initialise_wide_barriers<Traits>(smem);
   __syncthreads();  // The barriers exist.
   if (warpgroup == 0) {
-    ptx::give_registers<Traits::kSupplierRegisters>();
-    supply<Traits>(a, smem);
+    ptx::give_registers<Traits::kProducerRegisters>();
+    if (threadIdx.x < 32) bring_operands<Traits>(a, smem);
   } else if (warpgroup == 1) {
+    ptx::give_registers<Traits::kDqRegisters>();
+    make_dq<Traits>(a, smem);
+  } else if (warpgroup == 2) {
     ptx::take_registers<Traits::kConsumerRegisters>();
     WideConsumer<Traits>(a, smem).template run<true>();
   } else {

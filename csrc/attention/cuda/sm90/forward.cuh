@@ -87,6 +87,7 @@ class ForwardConsumer {
     if (kIsPlain) next = Step(device::uniform(smem_.step[Key(steps_).stage]));
     issue_value();
     give_turn();
+    draw(next, kIsPlain ? job_ : job_ + next.is_first());
     ptx::wgmma_wait<1>();  // S
     ptx::wgmma_pin(rS_[0]);
 
@@ -126,6 +127,7 @@ class ForwardConsumer {
     take_turn();
     issue_scores(job_ + next.is_first());
     give_turn();
+    draw(next, job_ + next.is_first());
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(rS_[0]);
     begin(next);
@@ -240,10 +242,34 @@ class ForwardConsumer {
       rescale(alpha);
     }
     if constexpr (Traits::kHasDropout) {
-      const Job& job = job_of(job_);
 #pragma unroll
-      for (int n = 0; n < Traits::kBlockN; n += 16) {
-        job.dropout.apply(rS_[0][n / 8], rS_[0][n / 8 + 1], job.s.first_row + first_row(), col + n);
+      for (int n = 0; n < Traits::kFragmentsN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if ((kept_[n / 8] >> (4 * (n % 8) + e) & 1) == 0) rS_[0][n][e] = 0.0f;
+        }
+      }
+    }
+  }
+
+  // Which elements of the next P are kept, a bit each: drawn while the products run.
+  __device__ __forceinline__ void draw(Step next, uint32_t job_idx) {
+    if constexpr (Traits::kHasDropout) {
+      const Job& job = job_of(job_idx);
+      const Dropout dropout = job.dropout;
+      const int row = job.s.first_row + first_row(), col = next.tile() * Traits::kBlockN;
+#pragma unroll
+      for (int i = 0; i < Traits::kKeptWords; ++i) kept_[i] = 0;
+#pragma unroll
+      for (int n = 0; n < Traits::kFragmentsN; n += 2) {
+        const Philox4 words = dropout.bits(row, col + 8 * n);
+        const uint32_t of_pair[4] = {words.x, words.z, words.y, words.w};  // of left, then of right
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+          const int bit = 4 * (n % 8) + 2 * pair;
+          if (dropout.keeps_even(of_pair[pair])) kept_[n / 8] |= 1u << bit;
+          if (dropout.keeps_odd(of_pair[pair])) kept_[n / 8] |= 2u << bit;
+        }
       }
     }
   }
@@ -354,6 +380,7 @@ class ForwardConsumer {
   RowSoftmax<Element> softmax_;
   float rS_[1][Traits::kFragmentsN][4], rO_[Traits::kFragmentsV][4];
   uint32_t rP_[Traits::kBlockN / 16][4];
+  uint32_t kept_[Traits::kKeptWords];  // with dropout: bit 4 n + e of word n / 8 for rS_[0][n][e]
   uint32_t rQ_[Traits::kQueryInRegisters ? Traits::kHeadDim / 16 : 1][4];
 };
 

@@ -67,10 +67,13 @@ __device__ void schedule_jobs(typename Traits::Smem& smem, const ForwardArgument
   const bool is_leader = threadIdx.x % 32 == 0;
   uint32_t jobs = 0;
   for (uint32_t round = 0;; ++round) {
-    const Place<Traits::kJobs> place(jobs);
+    if (jobs >= a.lead) {
+      const Place<Traits::kJobs> before(jobs - a.lead);
+      ptx::mbarrier_wait(smem.job_empty[before.stage], before.parity);
+    }
     const uint32_t tile = next_tile(a.counter, round, a.num_tiles);
     const bool is_end = tile >= a.num_tiles;
-    ptx::mbarrier_wait(smem.job_empty[place.stage], place.parity ^ 1);
+    const Place<Traits::kJobs> place(jobs);
     auto& job = smem.job[place.stage];
     if (!is_end) {
       if (!describe_job<Traits>(a, tile, job)) continue;

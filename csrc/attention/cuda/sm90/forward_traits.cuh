@@ -63,8 +63,9 @@ struct ForwardTraits : Tiles {
                                             : Tiles::kConsumers == 3 ? 160
                                                                      : 112;
   static_assert(2 <= Tiles::kConsumers && Tiles::kConsumers <= 4);
-  static constexpr int kJobs = 4;  // the scheduler's lead
+  static constexpr int kJobs = 4;  // at most that a CTA has taken and not finished
 
+  static constexpr int kKeptWords = (Tiles::kBlockN + 63) / 64;
   static constexpr int kFragmentsN = Tiles::kBlockN / 8, kFragmentsV = Tiles::kValueDim / 8;
   using QueryTile = device::SharedTile<kBlockM, (Tiles::kHeadDim + 63) / 64 * 64>;
   using KeyTile = device::SharedTile<Tiles::kBlockN, (Tiles::kHeadDim + 63) / 64 * 64>;
@@ -103,7 +104,8 @@ struct ForwardArguments {
   ForwardParams p;
   Schedule schedule;
   uint32_t num_tiles;
-  int counter;  // of tile_counter.cuh; negative: CTA c takes tiles c, c + CTAs, c + 2 CTAs, ...
+  uint32_t lead;  // jobs that a CTA has taken and not finished, at most
+  int counter;    // of tile_counter.cuh; negative: CTA c takes tiles c, c + CTAs, c + 2 CTAs, ...
   OperandMap q, k, v;
   float scale_log2;
 };
