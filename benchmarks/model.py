@@ -252,7 +252,7 @@ def kind_of(kernel: str) -> str:
     ):
         if any(mark in name for mark in marks):
             return kind
-    if "jax_flash" in name or "sdpa" in name:
+    if "jax_flash::attention" in name or "sdpa" in name:
         return (
             "attention backward" if "backward" in name or "bprop" in name else "attention forward"
         )

@@ -82,6 +82,10 @@ linear_statistics = _differentiable(
 )
 
 
+def _wide_sums(dhidden, *sums):
+    return dhidden, *(x.astype(linear_ops.sum_type(x.dtype)) for x in sums)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_gradients(config, tensors, labels, row_weights):
     """lse, label_logit, total and the gradients of sum(row_weights * loss): logits made once."""
@@ -99,7 +103,7 @@ def _linear_gradients_backward(config, operands, cotangents):
     def one_after_the_other(tensors):
         statistics, pullback = jax.vjp(lambda x: linear_statistics(config, x, labels), tensors)
         (gradients,) = pullback(ops.row_cotangents(config, statistics[0], row_weights))
-        return (*statistics, *gradients)
+        return (*statistics, *_wide_sums(*gradients))
 
     _, pullback = jax.vjp(one_after_the_other, tensors)
     return *pullback(tuple(cotangents)), None, None
@@ -134,9 +138,11 @@ def _linear_sum_backward(config, with_lse, residuals, cotangents):
     gradients, tensors, labels = residuals
     dloss, of_lse = cotangents
     if isinstance(dloss, SymbolicZero):
-        of_tensors = [jnp.zeros_like(x) for x in gradients]
+        of_tensors = [jnp.zeros_like(x) for x in tensors]
     else:
-        of_tensors = [(dloss * x).astype(x.dtype) for x in gradients]
+        of_tensors = [
+            (dloss * x).astype(tensor.dtype) for x, tensor in zip(gradients, tensors, strict=True)
+        ]
     for dlse in of_lse:
         if not isinstance(dlse, SymbolicZero):  # who uses the lse pays for its gradient
             _, pullback = jax.vjp(lambda x: linear_statistics(config, x, labels)[0], tensors)

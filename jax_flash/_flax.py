@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_flash._attention import refuse
+from jax_flash._ops.dense import affine
 from jax_flash.attention import attention, attention_kvpacked, attention_qkvpacked
 from jax_flash.rotary import RotaryTable, apply_rotary, apply_rotary_qkvpacked
 from jax_flash.varlen import (
@@ -260,9 +261,15 @@ def project_packed(inputs: jax.Array, kernels: list, biases: list) -> jax.Array:
       kernels: of queries, keys and values, [D, N, H] each, inputs' type.
       biases: [N, H] each, or None.
     """
+    kernel = jnp.stack(kernels, 1)
+    bias = None if biases[0] is None else jnp.stack(biases)
+    if jax.device_count() == 1:
+        bias = None if bias is None else bias.reshape(-1)
+        qkv = affine(inputs, kernel.reshape(kernel.shape[0], -1), bias)
+        return qkv.reshape(*inputs.shape[:-1], *kernel.shape[1:])
     # The axes stay apart, so that heads which devices share need no gathering.
-    qkv = jnp.einsum("...d,dcnh->...cnh", inputs, jnp.stack(kernels, 1))
-    return qkv if biases[0] is None else qkv + jnp.stack(biases)
+    qkv = jnp.einsum("...d,dcnh->...cnh", inputs, kernel)
+    return qkv if bias is None else qkv + bias
 
 
 def as_bool(mask: ArrayLike | None) -> jax.Array | None:

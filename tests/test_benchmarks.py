@@ -350,6 +350,17 @@ def test_launches_in_place_take_fresh_copies():
     assert not dout.is_deleted() and not x.is_deleted()
 
 
+def test_what_waits_takes_bounded_memory(monkeypatch):
+    """Launches go ahead of the device as far as their results may take memory."""
+    results = jax.numpy.ones((64, 1024))
+    entry = clock.Timed("xla", "forward", lambda: results, launches=40)
+    entry.burst()
+    assert entry.waiting == 32
+    monkeypatch.setattr(clock, "_WAITING_BYTES", 8 * results.nbytes)
+    entry.burst()
+    assert entry.waiting == 8 and len(entry.seconds) == 2
+
+
 def test_table_and_figure_of_operators(tmp_path, monkeypatch):
     """Ours and its ceiling are of one run; a rival ahead shows as a ratio below 1."""
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
@@ -390,6 +401,7 @@ def test_table_and_figure_of_operators(tmp_path, monkeypatch):
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention backward"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention forward"),
         ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
+        ("void jax_flash::cross_entropy::backward_kernel<float>", "the rest"),
         ("loop_add_fusion_3", "the rest"),
     ],
 )

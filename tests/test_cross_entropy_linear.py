@@ -167,6 +167,16 @@ def test_a_scaled_loss_saves_float16_gradients(implementation):
         assert jnp.linalg.norm(error) < 5e-3 * jnp.linalg.norm(want)
 
 
+def test_a_float16_mean_of_many_tokens_is_finite(implementation):
+    """Its sum is not: 8192 tokens with one label, hidden states of 30."""
+    hidden, weight = jnp.full((8192, 8), 30, jnp.float16), jnp.zeros((8, 4), jnp.float16)
+    call = functools.partial(jax_flash.linear_softmax_cross_entropy, implementation=implementation)
+    labels = jnp.ones(8192, jnp.int32)
+    gradient = jax.jit(jax.grad(lambda weight: call(hidden, weight, labels)))(weight)
+    want = 30 * (jnp.full((8, 4), 0.25) - (jnp.arange(4) == 1))
+    np.testing.assert_allclose(gradient, want, rtol=1e-3)
+
+
 def test_a_mean_makes_its_logits_once():
     arrays = normal(0, 6, 4), normal(1, 4, 9)
 

@@ -154,6 +154,24 @@ def test_dense(activation, has_bias):
     )
 
 
+@pytest.mark.parametrize(
+    "shape", [(BATCH, ROWS, INPUTS), (ROWS, INPUTS), (INPUTS,), (2, 0, INPUTS)]
+)
+def test_one_device_has_one_axis_of_rows(shape, monkeypatch):
+    """The same numbers, by a product of two axes that its bias follows at once."""
+    t = in_type(jnp.bfloat16, operands(jnp.bfloat16, "relu"))
+    x = jnp.asarray(draw(5, jnp.bfloat16, *shape), jnp.bfloat16)
+    call = functools.partial(jax_flash.dense, weight=t["weight1"], bias=t["bias1"])
+    want = call(x)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    np.testing.assert_array_equal(call(x), want)
+    ranks = {len(v.aval.shape) for v in jax.make_jaxpr(call)(x).jaxpr.outvars}
+    assert ranks == {len(shape)}
+    text = str(jax.make_jaxpr(call)(x))
+    if len(shape) == 3 and 0 not in shape:
+        assert f"bf16[{BATCH * ROWS},{HIDDEN}] = dot_general" in text
+
+
 @pytest.mark.parametrize("approximate", [True, False])
 def test_dense_gelu(approximate):
     t = operands(jnp.float32, "gelu")

@@ -328,6 +328,20 @@ def test_rotary_attention_of_concatenated_sequences(kind, kv_heads, layer):
     assert not np.allclose(together, call(x))
 
 
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_one_device_projects_with_two_axes(use_bias, monkeypatch):
+    x = normal(0, 2, T, D)
+    options = dict(qkv_features=N * H, rotary=TABLE, use_bias=use_bias, bias_init=SMALL)
+    attention = linen.MultiHeadAttention(num_heads=N, **options)
+    variables = attention.init(jax.random.key(1), x)
+    want = attention.apply(variables, x)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    close(attention.apply(variables, x), want)
+    assert f"f32[{2 * T},{3 * N * H}] = dot_general" in str(
+        jax.make_jaxpr(attention.apply)(variables, x)
+    )
+
+
 @pytest.mark.parametrize("kv_heads", [N, K])
 def test_rotary_positions(kv_heads):
     x = normal(0, 2, T, D)

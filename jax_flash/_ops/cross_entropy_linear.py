@@ -99,9 +99,11 @@ def _gradients_of_a_part(config, operands, cuts):
     gradients = linear_cross_entropy_backward.on_this_device(
         config, *call, statistics[0], *cotangents
     )
+    dhidden, *sums = gradients
+    sums = (x.astype(sum_type(x.dtype)) for x in sums)
     # Of a result without the axis V the devices' parts are added up.
     first = jax.lax.axis_index(cuts["V"]) == 0
-    return (*(jnp.where(first, x, 0) for x in statistics), *gradients)
+    return (*(jnp.where(first, x, 0) for x in statistics), dhidden, *sums)
 
 
 def _leads(config, hidden, weight, bias, *rows) -> tuple[int, ...]:
@@ -128,8 +130,18 @@ def _backward_results(config, hidden, weight, bias, *rest):
     )
 
 
+def sum_type(dtype):
+    """Of dweight and dbias by `linear_cross_entropy_gradients`.
+
+    The exponents of float16 leave no room for a mean's row_weights, and then have none for the sum.
+    """
+    return jnp.float32 if dtype == jnp.float16 else dtype
+
+
 def _gradients_results(config, *operands):
-    return *_forward_results(config, *operands), *_backward_results(config, *operands)
+    dhidden, *sums = _backward_results(config, *operands)
+    sums = (jax.ShapeDtypeStruct(x.shape, sum_type(x.dtype)) for x in sums)
+    return *_forward_results(config, *operands), dhidden, *sums
 
 
 # Chunks -------------------------------------------------------------------------------------------
@@ -252,12 +264,16 @@ def _forward(of_chunk, config, hidden, weight, bias, labels):
     return tuple(_whole(x, labels.shape) for x in _in_turn(step, split))
 
 
-def _gradients(of_chunks, config, hidden, weight, bias, labels, *others):
-    """of_chunks(config, logits_of, hidden, labels, *others), each [chunks, tokens, ...]
-    -> results a token, dlogits"""
+def _gradients(of_chunks, config, hidden, weight, bias, labels, *others, sums=None):
+    """Results a token, dhidden, and dweight and dbias in the type `sums` (None: the operands').
+
+    Of a group's chunks, of_chunks(config, logits_of, hidden, labels, *others) makes results a token
+    and dlogits; its arrays are [chunks, tokens, ...].
+    """
     count, each, size = groups(config, weight, labels.size)
     # The sums of many groups are float32; that of one, in which the product adds up so, need not.
-    wide = hidden.dtype if count == 1 else jnp.promote_types(hidden.dtype, jnp.float32)
+    result = hidden.dtype if sums is None else sums
+    wide = result if count == 1 else jnp.promote_types(result, jnp.float32)
 
     @jax.checkpoint
     def of_group(hidden, labels, *others):
@@ -273,8 +289,8 @@ def _gradients(of_chunks, config, hidden, weight, bias, labels, *others):
     return (
         *(_whole(x, labels.shape) for x in of_tokens),
         _whole(dhidden, hidden.shape),
-        dweight.astype(weight.dtype),
-        dbias.astype(bias.dtype),
+        dweight.astype(result),
+        dbias.astype(result),
     )
 
 
@@ -355,8 +371,9 @@ def backward(config, *operands):
     return _run(_gradients, of_chunks, config, *operands)
 
 
-def gradients(config, *operands):
-    return _run(_gradients, _of_weights, config, *operands)
+def gradients(config, hidden, *rest):
+    loop = functools.partial(_gradients, sums=sum_type(hidden.dtype))
+    return _run(loop, _of_weights, config, hidden, *rest)
 
 
 def _kernel_forward(config, *operands):
@@ -369,8 +386,9 @@ def _kernel_backward(config, hidden, *rest):
     return _run(_gradients, of_chunks, config, hidden, *rest)
 
 
-def _kernel_gradients(config, *operands):
-    return _run(_gradients, _kernel_of_weights, config, *operands)
+def _kernel_gradients(config, hidden, *rest):
+    loop = functools.partial(_gradients, sums=sum_type(hidden.dtype))
+    return _run(loop, _kernel_of_weights, config, hidden, *rest)
 
 
 def _refuse(config, hidden, weight, *rest) -> str | None:

@@ -66,12 +66,24 @@ def activate(activation: str, pre: jax.Array) -> jax.Array:
     return _ELEMENTWISE[activation](pre)
 
 
-def _affine(x, weight, bias) -> jax.Array:
+def affine(x, weight, bias) -> jax.Array:
     """x W + b in x's type. A bias of that type goes into the product's epilogue on a GPU."""
-    y = jnp.matmul(x, weight.astype(x.dtype))
-    if bias is None or bias.dtype == y.dtype:
-        return y if bias is None else y + bias
-    return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
+    y = jnp.matmul(_one_axis_of_rows(x), weight.astype(x.dtype))
+    if bias is not None and bias.dtype == y.dtype:
+        y = y + bias
+    elif bias is not None:
+        y = (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[-1])
+
+
+def _one_axis_of_rows(x) -> jax.Array:
+    """[*R, D] -> [rows, D], where one device has all rows.
+
+    XLA fuses a bias with its product only where no reshape stands between the two; but two axes of
+    rows that are one cannot each be cut over devices.
+    """
+    whole = jax.device_count() == 1 and x.ndim > 2 and 0 not in x.shape
+    return _rows(x) if whole else x
 
 
 def unfused(config: DenseConfig, x, weight, bias) -> str | None:
@@ -93,7 +105,7 @@ def _hidden(config, x, weight, bias, keeps_pre: bool):
         off = jnp.zeros((0,), x.dtype) if bias is None else bias
         operands = vary_together(x, weight.astype(x.dtype), off)
         return gelu.product_gelu(_gelu_config(config, x, keeps_pre), *operands)
-    pre = _affine(x, weight, bias)
+    pre = affine(x, weight, bias)
     return activate(config.activation, pre).astype(x.dtype), pre
 
 
@@ -172,7 +184,7 @@ def _activated_backward(config, residuals, cotangents):
     dpre = dout
     if config.activation != "identity":
         if saved is None:
-            saved = _affine(x, weight, bias)
+            saved = affine(x, weight, bias)
         dpre = _activation_gradient(config, saved, dout, weight.shape[-1], x.dtype)
     return (
         _input_gradient(dpre, weight, dresidual),
@@ -191,13 +203,13 @@ activated.defvjp(_activated_forward, _activated_backward)
 def mlp(config: DenseConfig, x, weight1, bias1, weight2, bias2):
     """act(x W1 + b1) W2 + b2 [*B, D2], and x if config.return_residual."""
     hidden, _ = _hidden(config, x, weight1, bias1, keeps_pre=False)
-    out = _affine(hidden, weight2, bias2)
+    out = affine(hidden, weight2, bias2)
     return (out, x) if config.return_residual else out
 
 
 def _mlp_forward(config, x, weight1, bias1, weight2, bias2):
     hidden, pre = _hidden(config, x, weight1, bias1, keeps_pre=config.checkpoint_level < 2)
-    out = _affine(hidden, weight2, bias2)
+    out = affine(hidden, weight2, bias2)
     saved = kept = None
     if config.checkpoint_level < 2:
         if config.activation == "relu":

@@ -145,7 +145,10 @@ def _kernel(config, x, *rest):
         conjugate=config.conjugate,
         packed=config.packed,
     )
-    return (out.reshape(result.shape),)
+    out = out.reshape(result.shape)
+    # In a scan that stacks the result for attention's backward XLA would run the call twice
+    # (openxla/xla#45799).
+    return (out if config.packed else jax.lax.optimization_barrier(out),)
 
 
 rotary = Op(

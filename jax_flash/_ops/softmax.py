@@ -139,7 +139,10 @@ def _call(target, signature, result, wholes, config, *operands, in_place=None):
 
 def _kernel_forward(config, *operands):
     (result,) = _forward_results(config, *operands)
-    return _call("jax_flash.softmax_forward", _forward_signature, result, 1, config, *operands)
+    target, signature = "jax_flash.softmax_forward", _forward_signature
+    probs = _call(target, signature, result, 1, config, *operands)
+    # In a scan that stacks probs for the backward XLA would run the call twice (openxla/xla#45799).
+    return jax.lax.optimization_barrier(probs)
 
 
 def _kernel_backward(config, *operands):

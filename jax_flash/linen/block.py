@@ -71,7 +71,7 @@ class TransformerBlock(nn.Module, kw_only=True):
         parameters together.
       param_dtype, kernel_init, bias_init: as in Flax's layers.
       out_kernel_init: of the last product of each branch. Default None: kernel_init.
-      implementation: of every operator: None or "xla".
+      implementation: of every operator in the block. Default None: the fastest each has.
     """
 
     num_heads: int

@@ -69,7 +69,7 @@ class TransformerBlock(nnx.Module):
         parameters together.
       param_dtype, kernel_init, bias_init: as in Flax's layers.
       out_kernel_init: of the last product of each branch. Default None: kernel_init.
-      implementation: of every operator: None or "xla".
+      implementation: of every operator in the block. Default None: the fastest each has.
       rngs: the parameters' and the dropout's randomness.
       attention_options: those of `MultiHeadAttention`: num_kv_heads, qkv_features, normalize_qk,
         rotary, is_causal, causal_offset, local_window_size, scale, deterministic_backward.

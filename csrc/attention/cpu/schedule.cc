@@ -96,7 +96,6 @@ int64_t heads_per_task(const Problem& p, int64_t len_q) {
   return heads;
 }
 
-
 }  // namespace
 
 // One task a (sequence, head or few heads, tile of queries). Later tiles of a causal head see more
