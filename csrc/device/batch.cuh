@@ -8,6 +8,7 @@ namespace jax_flash::device {
 struct BatchIndex {
   uint32_t axis[kBatchDims];
 
+  BatchIndex() = default;
   // `p` is any struct with a batch_shape; `flat` counts its entries.
   template <typename Problem>
   __device__ BatchIndex(const Problem& p, uint32_t flat) {

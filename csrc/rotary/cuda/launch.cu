@@ -10,12 +10,12 @@ namespace {
 template <typename Element, bool kInterleaved, bool kAligned>
 void run(const Params& p, cudaStream_t stream) {
   constexpr int kCount = Pairs<Element, kInterleaved, kAligned>::kCount;
-  const Plan plan = make_plan(p, p.pairs / kCount, kInterleaved || !kAligned ? 4 : 2);
-  const int64_t rows = p.batch_shape[0] * p.batch_shape[1] * p.batch_shape[2] * p.rows;
-  const int64_t blocks = (rows + plan.rows_of_block - 1) / plan.rows_of_block;
+  constexpr int kUnroll = kHeadsAtOnce<kInterleaved, kAligned>;
+  const Plan plan = make_plan(p, p.pairs / kCount, kUnroll);
+  const int64_t blocks = (plan.rows + plan.rows_of_block - 1) / plan.rows_of_block;
   const dim3 grid(static_cast<unsigned>(blocks), p.kinds);
-  rotary_kernel<Element, kInterleaved, kAligned>
-      <<<grid, plan.threads_of_row * plan.rows_of_block, 0, stream>>>(p, plan);
+  const unsigned threads = plan.by_row.value * plan.rows_of_block;
+  rotary_kernel<Element, kInterleaved, kAligned><<<grid, threads, 0, stream>>>(p, plan);
 }
 
 }  // namespace

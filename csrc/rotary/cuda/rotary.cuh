@@ -3,7 +3,7 @@
 // docs/kernels/rotary.md has the figures.
 #pragma once
 
-#include "device/batch.cuh"
+#include "device/places.cuh"
 #include "rotary/cuda/pairs.cuh"
 #include "rotary/cuda/plan.h"
 
@@ -44,19 +44,14 @@ template <typename Element, bool kInterleaved, bool kAligned>
 __global__ void __launch_bounds__(kMostThreads)
     rotary_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
   using Pairs = Pairs<Element, kInterleaved, kAligned>;
-  constexpr int kCount = Pairs::kCount, kUnroll = kInterleaved || !kAligned ? 4 : 2;
+  constexpr int kCount = Pairs::kCount, kUnroll = kHeadsAtOnce<kInterleaved, kAligned>;
 
   // The block's rows, and of a row the thread's pairs and heads.
-  const int row_in_block = threadIdx.x / plan.threads_of_row;
-  const int thread = threadIdx.x % plan.threads_of_row;
+  uint32_t thread, unit;
+  const int row_in_block = plan.by_row.divide(threadIdx.x, thread);
+  const int first_head = plan.by_head.divide(thread, unit);
   const int64_t flat = int64_t{blockIdx.x} * plan.rows_of_block + row_in_block;
-  const int64_t entries = p.batch_shape[0] * p.batch_shape[1] * p.batch_shape[2];
-  if (flat >= entries * p.rows) return;
-  const bool is_small = entries * p.rows <= UINT32_MAX;
-  const uint32_t entry = is_small ? uint32_t(flat) / uint32_t(p.rows) : flat / p.rows;
-  const int64_t row = flat - entry * p.rows;
-  const device::BatchIndex batch(p, entry);
-  const int32_t position = batch.of(p.positions)[row];
+  if (flat >= plan.rows) return;
 
   const int kind = blockIdx.y, head_dim = p.head_dim;
   const int64_t row_size = int64_t{p.kinds == 1 ? 1 : 3} * p.heads * head_dim;
@@ -65,9 +60,8 @@ __global__ void __launch_bounds__(kMostThreads)
   Element* out = static_cast<Element*>(p.out) + begin;
 
   const float sign = p.is_conjugate ? -1.0f : 1.0f;
-  const int first_head = thread / plan.threads_of_head;
-  for (int j = thread % plan.threads_of_head * kCount; j < p.pairs;
-       j += plan.threads_of_head * kCount) {
+  const int step = plan.by_head.value * kCount;
+  for (int j = unit * kCount; j < p.pairs; j += step) {
     Pairs pairs[kUnroll];
     const auto load = [&](int head) {
 #pragma unroll
@@ -77,9 +71,11 @@ __global__ void __launch_bounds__(kMostThreads)
       }
     };
     load(first_head);  // before the position is waited for
+    const device::Place place = plan.places.of(flat);
+    const int32_t position = place.batch.of(p.positions)[place.row];
     Angles<kCount> angles;
     if (position >= 0 && position < p.length) {
-      angles.load(p.tables[kind], batch, position * int64_t{p.pairs} + j, sign);
+      angles.load(p.tables[kind], place.batch, position * int64_t{p.pairs} + j, sign);
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) angles.cos[i] = angles.sin[i] = NAN;
@@ -100,7 +96,7 @@ __global__ void __launch_bounds__(kMostThreads)
   // Copy what is not turned, unless it is there.
   const int rest = head_dim - 2 * p.pairs;
   if (rest == 0 || p.x == p.out) return;
-  for (int i = thread; i < rest * p.heads; i += plan.threads_of_row) {
+  for (int i = thread; i < rest * p.heads; i += plan.by_row.value) {
     const int at = i / rest * head_dim + 2 * p.pairs + i % rest;
     out[at] = x[at];
   }

@@ -34,18 +34,16 @@ __device__ __forceinline__ Chunk gradient(const Chunk& probs, const Chunk& dprob
 }
 
 // Rows of up to kThreads * kVectors vectors, kept in registers.
-template <typename Element, int kThreads, int kVectors>
+template <typename Element, int kThreads, int kVectors, bool kWhole>
 __global__ void __launch_bounds__(Team<kThreads>::kBlock, Team<kThreads>::kBlocks)
-    backward_kernel(const __grid_constant__ BackwardParams p) {
+    backward_kernel(const __grid_constant__ BackwardParams p,
+                    const __grid_constant__ device::Places places) {
   using T = Team<kThreads>;
-  using R = Row<Element>;
+  using R = Row<Element, kWhole>;
   __shared__ float deltas[T::kWarps];
 
   const int64_t flat = int64_t{blockIdx.x} * T::kRows + threadIdx.x / kThreads;
-  const bool is_row = flat < p.rows;  // the others follow, for the shuffles
-  const Place place(p, is_row ? flat : 0);
-  R row(p, is_row ? flat : 0, place.row);
-  if (!is_row) row.columns = row.visible = 0;
+  const R row(p, places, flat);  // threads without a row follow, for the shuffles
   const int first = row.column(threadIdx.x % kThreads);
   constexpr int kStep = kThreads * R::kSize;  // columns from one vector of a thread to its next
 
@@ -73,14 +71,14 @@ __global__ void __launch_bounds__(Team<kThreads>::kBlock, Team<kThreads>::kBlock
 // Rows of any length: a block each, read twice.
 template <typename Element, int kThreads, int kUnroll>
 __global__ void __launch_bounds__(kThreads, Team<kThreads>::kBlocks)
-    long_backward_kernel(const __grid_constant__ BackwardParams p) {
+    long_backward_kernel(const __grid_constant__ BackwardParams p,
+                         const __grid_constant__ device::Places places) {
   using T = Team<kThreads>;
-  using R = Row<Element>;
+  using R = Row<Element, false>;
   constexpr int kStep = kThreads * R::kSize;
   __shared__ float deltas[T::kWarps];
 
-  const Place place(p, blockIdx.x);
-  const R row(p, blockIdx.x, place.row);
+  const R row(p, places, blockIdx.x);
   typename R::Chunk probs[kUnroll], dprobs[kUnroll];
   const auto load = [&](int first) {
 #pragma unroll

@@ -5,7 +5,6 @@
 
 #include <cfloat>
 
-#include "device/batch.cuh"
 #include "ptx/sm80.cuh"
 #include "softmax/cuda/row.cuh"
 #include "softmax/cuda/team.cuh"
@@ -17,37 +16,42 @@ inline constexpr float kLog2e = 1.4426950408889634f;
 __device__ __forceinline__ float exponential(float x) { return ptx::exp2_approx(x * kLog2e); }
 
 // The mask's row, or null.
-__device__ __forceinline__ const uint8_t* mask_row(const ForwardParams& p, const Place& place) {
+__device__ __forceinline__ const uint8_t* mask_row(const ForwardParams& p,
+                                                   const device::Places& places, int64_t flat) {
   if (p.mask.data == nullptr) return nullptr;
-  return device::BatchIndex(p, place.entry).of(p.mask) + place.row * p.mask_row_stride;
+  const device::Place place = places.of(min(flat, p.rows - 1));
+  return place.batch.of(p.mask) + place.row * p.mask_row_stride;
 }
 
 // Rows of up to kThreads * kVectors vectors.
-template <typename Element, int kThreads, int kVectors>
+template <typename Element, int kThreads, int kVectors, bool kWhole>
 __global__ void __launch_bounds__(Team<kThreads>::kBlock, Team<kThreads>::kBlocks)
-    forward_kernel(const __grid_constant__ ForwardParams p) {
+    forward_kernel(const __grid_constant__ ForwardParams p,
+                   const __grid_constant__ device::Places places) {
   using T = Team<kThreads>;
-  using R = Row<Element>;
+  using R = Row<Element, kWhole>;
   constexpr int kSize = R::kSize;
   __shared__ float tops[T::kWarps], totals[T::kWarps];
 
   const int64_t flat = int64_t{blockIdx.x} * T::kRows + threadIdx.x / kThreads;
-  const bool is_row = flat < p.rows;  // the others follow, for the shuffles
-  const Place place(p, is_row ? flat : 0);
-  R row(p, is_row ? flat : 0, place.row);
-  if (!is_row) row.columns = row.visible = 0;
-  const uint8_t* mask = mask_row(p, place);
+  const R row(p, places, flat);  // threads without a row follow, for the shuffles
   const int first = row.column(threadIdx.x % kThreads);
   constexpr int kStep = kThreads * kSize;  // columns from one vector of a thread to its next
 
-  // All loads before the first use.
+  // All loads before the first use, and before the mask's row is found.
   typename R::Chunk x[kVectors];
-  Hidden<kSize> hidden[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int column = first + v * kStep;
-    x[v] = row.load(static_cast<const Element*>(p.scores), column);
-    if (column < row.visible) hidden[v] = Hidden<kSize>::of(mask, column, row.visible);
+    x[v] = row.load(static_cast<const Element*>(p.scores), first + v * kStep);
+  }
+  const uint8_t* mask = mask_row(p, places, flat);
+  const auto hidden_of = [&](int v) {
+    return Hidden<kSize, kWhole>::of(mask, first + v * kStep, row.visible);
+  };
+  Hidden<kSize, kWhole> hidden[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (first + v * kStep < row.visible) hidden[v] = hidden_of(v);
   }
 
   float s[kVectors][kSize], top = -INFINITY;
@@ -75,7 +79,16 @@ __global__ void __launch_bounds__(Team<kThreads>::kBlock, Team<kThreads>::kBlock
     }
   }
   total = T::template reduce<Sum>(total, totals);
-  const float inverse = total == 0.0f ? 1.0f : 1.0f / total;
+  const float inverse = total == 0.0f || isnan(total) ? 1.0f : 1.0f / total;
+  if (isnan(total)) {  // what is hidden is 0 even so; it is read again, not kept for this
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (first + v * kStep >= row.visible) break;
+      const Hidden<kSize, kWhole> again = hidden_of(v);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) s[v][i] = again[i] ? 0.0f : NAN;
+    }
+  }
 
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -84,9 +97,7 @@ __global__ void __launch_bounds__(Team<kThreads>::kBlock, Team<kThreads>::kBlock
     typename R::Chunk out;
     if (column < row.visible) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {  // 0 also where `inverse` is NaN
-        s[v][i] = hidden[v][i] ? 0.0f : s[v][i] * inverse;
-      }
+      for (int i = 0; i < kSize; ++i) s[v][i] *= inverse;
       out = R::Chunk::narrow(s[v]);
     }
     row.store(static_cast<Element*>(p.probs), column, out);
@@ -97,26 +108,26 @@ __global__ void __launch_bounds__(Team<kThreads>::kBlock, Team<kThreads>::kBlock
 // seen, but finite: +inf then makes the sum infinite.
 template <typename Element, int kThreads, int kUnroll>
 __global__ void __launch_bounds__(kThreads, Team<kThreads>::kBlocks)
-    long_forward_kernel(const __grid_constant__ ForwardParams p) {
+    long_forward_kernel(const __grid_constant__ ForwardParams p,
+                        const __grid_constant__ device::Places places) {
   using T = Team<kThreads>;
-  using R = Row<Element>;
+  using R = Row<Element, false>;
   constexpr int kSize = R::kSize, kStep = kThreads * kSize;
   __shared__ float tops[T::kWarps], totals[T::kWarps];
 
-  const Place place(p, blockIdx.x);
-  const R row(p, blockIdx.x, place.row);
-  const uint8_t* mask = mask_row(p, place);
+  const R row(p, places, blockIdx.x);
+  const uint8_t* mask = mask_row(p, places, blockIdx.x);
   const Element* scores = static_cast<const Element*>(p.scores);
 
   float top = -FLT_MAX, total = 0.0f;
   for (int first = row.column(threadIdx.x); first < row.visible; first += kUnroll * kStep) {
     typename R::Chunk x[kUnroll];
-    Hidden<kSize> hidden[kUnroll];
+    Hidden<kSize, false> hidden[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int column = first + u * kStep;
       x[u] = row.load(scores, column);
-      if (column < row.visible) hidden[u] = Hidden<kSize>::of(mask, column, row.visible);
+      if (column < row.visible) hidden[u] = Hidden<kSize, false>::of(mask, column, row.visible);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -150,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, Team<kThreads>::kBlocks)
       if (column >= row.columns) break;
       typename R::Chunk out;
       if (column < row.visible) {
-        const auto hidden = Hidden<kSize>::of(mask, column, row.visible);
+        const auto hidden = Hidden<kSize, false>::of(mask, column, row.visible);
         float s[kSize];
         x[u].widen(s);
 #pragma unroll

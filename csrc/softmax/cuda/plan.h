@@ -14,6 +14,12 @@ inline int64_t vectors_of(const Problem& p) {
   return (shift + p.columns + size - 1) / size;
 }
 
+// Whether rows, and those of the mask, start on vectors.
+inline bool is_whole(const Problem& p, const uint8_t* mask) {
+  const int64_t size = 16 / item_bytes(p.dtype);
+  return p.columns % size == 0 && reinterpret_cast<uintptr_t>(mask) % size == 0;
+}
+
 // Calls run.operator()<threads of a row, vectors of a thread>(); <512, 0>: the row is too long to
 // be kept.
 template <typename Run>

@@ -4,15 +4,17 @@
 //     array     ... | n n n 0 1 2 3 4 | 5 6 7 8 9 ... | ... |        n: the row before
 //     vector              0                 1           2            column of its first: -shift
 //
-// Vectors that lie in the row whole are moved whole, the others element by element.
+// Vectors that lie in the row whole are moved whole, the others element by element. kWhole: all
+// are, since rows and their masks start on vectors; the code for the others is then not there.
 #pragma once
 
 #include "device/chunk.cuh"
+#include "device/places.cuh"
 #include "softmax/params.h"
 
 namespace jax_flash::softmax {
 
-template <typename Element>
+template <typename Element, bool kWhole>
 struct Row {
   using Chunk = device::Chunk<Element>;
   static constexpr int kSize = Chunk::kSize;
@@ -22,17 +24,21 @@ struct Row {
   int columns;
   int visible;  // columns before the causal limit
 
-  __device__ Row(const Problem& p, int64_t row, int64_t in_entry)
-      : begin(row * p.columns),
-        shift(static_cast<int>(begin & (kSize - 1))),
-        columns(p.columns),
-        visible(p.columns) {
-    if (p.row_ids != nullptr) visible = max(0, min(columns - 1, p.row_ids[in_entry]) + 1);
+  // Row `flat`, counted through all batch entries; an empty one where there are no more.
+  __device__ Row(const Problem& p, const device::Places& places, int64_t flat)
+      : begin(min(flat, p.rows - 1) * p.columns),
+        shift(kWhole ? 0 : static_cast<int>(begin & (kSize - 1))),
+        columns(flat < p.rows ? p.columns : 0),
+        visible(columns) {
+    if (p.row_ids == nullptr) return;
+    const int32_t id = p.row_ids[places.of(min(flat, p.rows - 1)).row];
+    visible = max(0, min(columns - 1, id) + 1);
   }
 
-  __device__ int vectors() const { return (shift + columns + kSize - 1) / kSize; }
   __device__ int column(int vector) const { return vector * kSize - shift; }
-  __device__ bool is_whole(int column) const { return column >= 0 && column + kSize <= columns; }
+  __device__ bool is_whole(int column) const {
+    return kWhole || (column >= 0 && column + kSize <= columns);
+  }
 
   // What lies beyond the limit is not read; it comes as 0.
   __device__ __forceinline__ Chunk load(const Element* array, int column) const {
@@ -53,54 +59,33 @@ struct Row {
 };
 
 // A byte an element of a vector, not 0: hidden.
-template <int kSize>
+template <int kSize, bool kWhole>
 struct Hidden {
-  uint32_t word[kSize / 4];
+  using Word = std::conditional_t<kSize == 8, uint64_t, uint32_t>;
+  Word bytes = 0;
 
   __device__ __forceinline__ bool operator[](int i) const {
-    return (word[i / 4] & (0xffu << 8 * (i % 4))) != 0;
+    return (static_cast<uint32_t>(bytes >> 32 * (i / 4)) & (0xffu << 8 * (i % 4))) != 0;
   }
 
   // Of the columns from `column` on; `mask` is the row's, or null.
   __device__ __forceinline__ static Hidden of(const uint8_t* mask, int column, int visible) {
-    Hidden h = {};
-    if (column < 0 || column + kSize > visible) {
+    Hidden h;
+    if constexpr (kWhole) {
+      if (mask != nullptr) {
+        h.bytes = __ldg(reinterpret_cast<const Word*>(mask + column));
+      } else if (column + kSize > visible) {
+        h.bytes = ~Word{0} << 8 * (visible - column);
+      }
+    } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const bool is_column = column + i >= 0 && column + i < visible;
         const bool is_hidden = !is_column || (mask != nullptr && mask[column + i] != 0);
-        h.word[i / 4] |= is_hidden ? 1u << 8 * (i % 4) : 0u;
-      }
-    } else if (mask != nullptr) {
-      const uint8_t* source = mask + column;
-      if (reinterpret_cast<uintptr_t>(source) % kSize == 0) {
-        using Word = std::conditional_t<kSize == 8, uint2, uint32_t>;
-        const Word word = __ldg(reinterpret_cast<const Word*>(source));
-        reinterpret_cast<Word&>(h) = word;
-      } else {
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) h.word[i / 4] |= uint32_t{source[i]} << 8 * (i % 4);
+        h.bytes |= static_cast<Word>(is_hidden) << 8 * i;
       }
     }
     return h;
-  }
-};
-
-// row -> its batch entry and its place in there. A division of 64 bits would cost as much as a
-// vector's exponentials.
-struct Place {
-  uint32_t entry;
-  int64_t row;
-
-  __device__ Place(const Problem& p, int64_t flat) {
-    if (p.rows <= UINT32_MAX) {
-      const uint32_t x = flat, y = p.seq_q;
-      entry = x / y;
-      row = x % y;
-    } else {
-      entry = flat / p.seq_q;
-      row = flat % p.seq_q;
-    }
   }
 };
 
