@@ -8,8 +8,8 @@ from flax import linen as nn
 from flax.linen.linear import default_kernel_init
 
 from jax_flash import _block
-from jax_flash.linen.attention import MultiHeadAttention
 from jax_flash.linen.dense import FusedMLP
+from jax_flash.linen.multihead import MultiHeadAttention
 
 __all__ = ["TransformerBlock"]
 

@@ -1,7 +1,7 @@
 """Flax NNX layers on jax_flash's operators.
 
-    attention   FlashSelfAttention, FlashCrossAttention, FlashBlocksparseAttention,
-                MultiHeadAttention, and attention_fn for Flax's own layers
+    attention   FlashSelfAttention, FlashCrossAttention, FlashBlocksparseAttention
+    multihead   MultiHeadAttention, and attention_fn for Flax's own layers
     block       TransformerBlock
     dense       FusedDense, FusedMLP
     norm        RMSNorm, DropoutAddLayerNorm, DropoutAddRMSNorm
@@ -22,11 +22,10 @@ from jax_flash.nnx.attention import (
     FlashBlocksparseAttention,
     FlashCrossAttention,
     FlashSelfAttention,
-    MultiHeadAttention,
-    attention_fn,
 )
 from jax_flash.nnx.block import TransformerBlock
 from jax_flash.nnx.dense import FusedDense, FusedMLP
+from jax_flash.nnx.multihead import MultiHeadAttention, attention_fn
 from jax_flash.nnx.norm import DropoutAddLayerNorm, DropoutAddRMSNorm, RMSNorm
 from jax_flash.nnx.rotary import RotaryEmbedding
 

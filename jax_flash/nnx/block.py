@@ -8,8 +8,9 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jax_flash import _block
-from jax_flash.nnx.attention import MultiHeadAttention, RandomSource, _dropout_stream
+from jax_flash.nnx.attention import RandomSource, _dropout_stream
 from jax_flash.nnx.dense import FusedMLP
+from jax_flash.nnx.multihead import MultiHeadAttention
 
 __all__ = ["TransformerBlock"]
 
