@@ -1,6 +1,6 @@
 """Flax Linen layers on `jax_flash.attention`: O = dropout(softmax(scale Q K^T + masks)) V.
 
-    FlashSelfAttention, FlashCrossAttention, FlashBlocksparseAttention: packed Q K V in, no weights
+FlashSelfAttention, FlashCrossAttention, FlashBlocksparseAttention: packed Q K V in, no weights
 """
 
 from typing import Any
