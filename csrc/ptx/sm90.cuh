@@ -83,6 +83,17 @@ __device__ __forceinline__ void tma_load(void* destination, const CUtensorMap& m
       : "memory");
 }
 
+// "cp.async.bulk.tensor", 4 dimensions, shared -> global: the box of `map` at the coordinates, what
+// lies outside the tensor left out. Belongs to this thread's bulk group.
+__device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* source, int c0,
+                                          int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          &map),
+      "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
 // "cp.async.bulk", global -> shared: `bytes` (a multiple of 16) from an address that is a multiple
 // of 16. One thread.
 __device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes,

@@ -8,8 +8,10 @@
 namespace jax_flash::attention {
 
 struct Schedule {
-  int32_t slots;  // per (head, batch entry)
-  int32_t group;  // heads of a group; divides the number of heads
+  int32_t slots;          // per (head, batch entry)
+  int32_t tail;           // of them, those that come when all other slots of all heads are through
+  int32_t group;          // heads of a group; divides the number of heads
+  uint32_t heads_of_all;  // of all batch entries
   int32_t heads, heads_per_kv;
   bool is_descending;  // last slot first
 
@@ -21,11 +23,16 @@ struct Work {
   uint32_t batch;
 
   __device__ Work(const Schedule& schedule, uint32_t cta) {
-    const uint32_t slots = schedule.slots, group = schedule.group, heads = schedule.heads;
-    const uint32_t section = cta / (slots * group), rest = cta % (slots * group);
+    const uint32_t slots = schedule.slots - schedule.tail, heads = schedule.heads;
+    const uint32_t before_tail = slots * schedule.heads_of_all;
+    const bool is_tail = cta >= before_tail;
+    const uint32_t group = is_tail ? schedule.heads_of_all : schedule.group;
+    if (is_tail) cta -= before_tail;
+    const uint32_t section = is_tail ? 0 : cta / (slots * group),
+                   rest = cta - section * slots * group;
     const uint32_t head_of_all = section * group + rest % group;
-    slot = static_cast<int>(rest / group);
-    if (schedule.is_descending) slot = static_cast<int>(slots) - 1 - slot;
+    slot = static_cast<int>(rest / group + (is_tail ? slots : 0));
+    if (schedule.is_descending) slot = schedule.slots - 1 - slot;
     head = static_cast<int>(head_of_all % heads);
     kv_head = head / schedule.heads_per_kv;
     batch = head_of_all / heads;
@@ -42,7 +49,9 @@ inline Schedule forward_schedule(const Problem& p, int block_m, int element_byte
   Schedule schedule;
   schedule.slots = static_cast<int32_t>(num_slots(p, p.seq_q, block_m));
   schedule.is_descending = p.mask.window_right < p.seq_k;
+  schedule.tail = 0;
   schedule.group = 1;
+  schedule.heads_of_all = static_cast<uint32_t>(p.heads * num_batches(p));
   schedule.heads = static_cast<int32_t>(p.heads);
   schedule.heads_per_kv = static_cast<int32_t>(p.heads / p.kv_heads);
   if (schedule.is_descending) {

@@ -34,19 +34,27 @@ class ForwardConsumer {
     Step step = Step::end();                                // the one whose P waits for its V
     for (;;) {
       steps_ = device::uniform(steps_);
-      wait_key();
-      if (step.is_before_plain()) {
-        step = overlap<true>(step, Step::end());
-        continue;
-      }
-      const Step next(device::uniform(smem_.step[Key(steps_).stage]));
-      const bool is_seen = !next.is_end() && sees(next);
-      if (!step.is_end() && is_seen && (Traits::kFlattened || !next.is_first())) {
-        step = overlap<false>(step, next);
-        continue;
+      Step next = Step::end();
+      bool is_seen = false;
+      // Where the next job cannot begin under this one's last P V, that goes while its Q and K
+      // come.
+      const bool ends_alone = !Traits::kFlattened && !step.is_end() && step.is_last();
+      if (!ends_alone) {
+        wait_key();
+        if (step.is_before_plain()) {
+          step = overlap<true>(step, Step::end());
+          continue;
+        }
+        next = Step(device::uniform(smem_.step[Key(steps_).stage]));
+        is_seen = !next.is_end() && sees(next);
+        if (!step.is_end() && is_seen && (Traits::kFlattened || !next.is_first())) {
+          step = overlap<false>(step, next);
+          continue;
+        }
       }
       if (!step.is_end()) multiply_value(step);
       step = Step::end();
+      if (ends_alone) continue;
       if (next.is_end()) break;
       if (is_seen) {
         multiply_query(next);
@@ -55,6 +63,8 @@ class ForwardConsumer {
         skip(next);
       }
     }
+    // Shared memory must live until O has been read.
+    if (Traits::kHasRoom && lane() == 0) ptx::bulk_wait<0, true>();
   }
 
  private:
@@ -64,10 +74,7 @@ class ForwardConsumer {
 
   // Does this warpgroup see anything of the tile?
   __device__ bool sees(Step next) const {
-    if (next.is_full()) return true;
-    const Job& job = job_of(job_ + next.is_first());
-    return sees_anything<64, Traits::kBlockN>(job.s, job.blocks, job.s.first_row + 64 * warpgroup_,
-                                              next.tile() * Traits::kBlockN);
+    return next.is_full() || next.view(warpgroup_) != View::kNothing;
   }
   __device__ const Job& job_of(uint32_t job) const { return smem_.job[job % Traits::kJobs]; }
   // This lane, and its warp's first row in the tile. NOTE: opaque, so that what rare branches make
@@ -227,14 +234,9 @@ class ForwardConsumer {
   // old reference, so that it must be waited for; but then references move rarely.
   template <bool kIsFull>
   __device__ __forceinline__ void to_probabilities(Step next) {
-    const int col = next.tile() * Traits::kBlockN;
-    if (!kIsFull && !next.is_full()) {
-      const Job& job = job_of(job_);
-      mask_scores(rS_, job.s, job.blocks, job.s.first_row + first_row(), col);
-    }
     float alpha[2];
     if (!kIsFull) {
-      const bool moved = softmax_.template update<false>(rS_[0], a_.scale_log2, alpha);
+      const bool moved = to_probabilities_with_maximum(next, alpha);
       if (moved && !next.is_first()) rescale(alpha);
     } else if (!softmax_.try_update(rS_[0], a_.scale_log2)) {
       multiply_query_again();
@@ -250,6 +252,20 @@ class ForwardConsumer {
         }
       }
     }
+  }
+
+  // S -> P of the first tile of a job, or of one that needs a mask; did a reference move?
+  __device__ __forceinline__ bool to_probabilities_with_maximum(Step next, float (&alpha)[2]) {
+    if (!next.is_full()) {
+      const Job& job = job_of(job_);
+      const int row = job.s.first_row + first_row(), col = next.tile() * Traits::kBlockN;
+      if (Traits::kHasRoom && next.view(warpgroup_) == View::kDiagonal) {
+        const int num_full = device::uniform((row + job.s.right - col) >> 4);
+        return softmax_.update_diagonal(rS_[0], num_full, a_.scale_log2, alpha);
+      }
+      mask_scores(rS_, job.s, job.blocks, row, col);
+    }
+    return softmax_.template update<false>(rS_[0], a_.scale_log2, alpha);
   }
 
   // Which elements of the next P are kept, a bit each: drawn while the products run.
@@ -318,25 +334,72 @@ class ForwardConsumer {
     }
   }
 
-  // Normalises O, writes it and lse. Neighbouring lanes exchange words, so that the quad of a row
-  // writes whole sectors of 32 bytes.
+  // Normalises O, writes it and lse.
   __device__ __forceinline__ void finish(uint32_t job_idx, RowSoftmax<Element> softmax) {
     const Job& job = job_of(job_idx);
-    const int lane = this->lane(), q = lane % 4;
-    const bool is_odd = q % 2 != 0;
+    const int first_row = job.s.first_row + this->first_row();
     softmax.finish();
+    // The copy engine knows where the array ends, but not a sequence in it.
+    if (Traits::kHasRoom &&
+        device::uniform(!a_.p.mask.varlen || first_row + 16 <= job.s.query_rows)) {
+      copy_output(job, first_row, softmax);
+    } else {
+      write_output(job, first_row, softmax);
+    }
+    release(smem_.job_empty[job_idx % Traits::kJobs]);
+  }
+
+  // O through shared memory, so that the copy engine writes it while the warp goes on.
+  __device__ __forceinline__ void copy_output(const Job& job, int first_row,
+                                              const RowSoftmax<Element>& softmax) {
+    using Tile = typename Traits::OutputTile;
+    using Address = device::LdmatrixAddress<Tile>;
+    const int lane = this->lane(), row = first_row + lane / 4;
+    const float factor[2] = {factor_of(row < job.s.query_length, 0, softmax),
+                             factor_of(row + 8 < job.s.query_length, 1, softmax)};
+    Tile& tile = smem_.output[4 * warpgroup_ + this->first_row() % 64 / 16];
+    const Address address(tile, Address::Order::kRowsFirst, 0, lane);
+    if (lane == 0) ptx::bulk_wait<0, true>();
+    __syncwarp();  // the last copy has read the tile
+#pragma unroll
+    for (int d = 0; d < Traits::kFragmentsV; d += 2) {
+      const uint32_t packed[4] = {pack_output(d, 0, factor[0]), pack_output(d, 1, factor[1]),
+                                  pack_output(d + 1, 0, factor[0]),
+                                  pack_output(d + 1, 1, factor[1])};
+      ptx::stmatrix_x4(address(0, 8 * d), packed);
+    }
+    ptx::fence_async_shared();
+    __syncwarp();  // the tile is there
+    if (lane == 0) {
+#pragma unroll
+      for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+        ptx::tma_store(a_.o.map, reinterpret_cast<char*>(&tile) + slab * Tile::kSlabBytes,
+                       64 * slab, job.s.query_start + first_row, job.head, job.out_batch);
+      }
+      ptx::bulk_commit();
+    }
+    // NOTE: not before the fence, which waits for whatever was written.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = job.s.first_row + first_row() + 8 * half + lane / 4;
-      const bool takes_part = row < job.s.query_length, is_written = row < job.s.query_rows;
-      float factor = takes_part ? softmax.normalizer(half) : 0.0f;
-      if (Traits::kHasDropout) factor *= dropout_scale(a_.p.dropout);
-      if (q == 0 && is_written) job.lse[row] = takes_part ? softmax.lse(half) : -INFINITY;
-      if (factor == 0.0f) {  // 0 times a NaN of V, or of what was never written, is no zero
-#pragma unroll
-        for (int d = 0; d < Traits::kFragmentsV; ++d)
-          rO_[d][2 * half] = rO_[d][2 * half + 1] = 0.0f;
+      if (lane % 4 == 0 && row + 8 * half < job.s.query_rows) {
+        job.lse[row + 8 * half] =
+            row + 8 * half < job.s.query_length ? softmax.lse(half) : -INFINITY;
       }
+    }
+  }
+
+  // O row by row. Neighbouring lanes exchange words, so that the quad of a row writes whole sectors
+  // of 32 bytes.
+  __device__ __forceinline__ void write_output(const Job& job, int first_row,
+                                               const RowSoftmax<Element>& softmax) {
+    const int lane = this->lane(), q = lane % 4;
+    const bool is_odd = q % 2 != 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + 8 * half + lane / 4;
+      const bool takes_part = row < job.s.query_length, is_written = row < job.s.query_rows;
+      const float factor = factor_of(takes_part, half, softmax);
+      if (q == 0 && is_written) job.lse[row] = takes_part ? softmax.lse(half) : -INFINITY;
       Element* gO = job.o + row * a_.p.o.row_stride + (is_odd ? 2 * q + 6 : 2 * q);
       const int end = static_cast<int>(a_.p.value_dim) - (is_odd ? 8 : 0);
 #pragma unroll
@@ -350,7 +413,18 @@ class ForwardConsumer {
         }
       }
     }
-    release(smem_.job_empty[job_idx % Traits::kJobs]);
+  }
+
+  // What a row of O is multiplied by.
+  __device__ __forceinline__ float factor_of(bool takes_part, int half,
+                                             const RowSoftmax<Element>& softmax) {
+    float factor = takes_part ? softmax.normalizer(half) : 0.0f;
+    if (Traits::kHasDropout) factor *= dropout_scale(a_.p.dropout);
+    if (factor == 0.0f) {  // 0 times a NaN of V, or of what was never written, is no zero
+#pragma unroll
+      for (int d = 0; d < Traits::kFragmentsV; ++d) rO_[d][2 * half] = rO_[d][2 * half + 1] = 0.0f;
+    }
+    return factor;
   }
   __device__ __forceinline__ uint32_t pack_output(int d, int half, float factor) const {
     return device::pack<Element>(rO_[d][2 * half] * factor, rO_[d][2 * half + 1] * factor);

@@ -27,9 +27,24 @@ inline uint32_t jobs_ahead(const Problem& p, int block_m) {
   return clocks >= 10000 ? 2 : clocks >= 5000 ? 3 : 4;
 }
 
+// The lightest slots of all heads come last, to fill what the heads before leave uneven: one CTA is
+// ahead of another by half of a head's longest tile, of `slots` units, and the last n slots of a
+// head are n^2 / 2 units. Not more, since their keys must be read again.
+inline int32_t tail_slots(const Problem& p, const Schedule& schedule, int multiprocessors) {
+  const uint32_t heads = schedule.heads_of_all;
+  if (!schedule.is_descending || p.mask.varlen || p.mask.window_left < p.seq_k ||
+      heads <= static_cast<uint32_t>(schedule.group)) {
+    return 0;
+  }
+  const auto tail =
+      static_cast<int32_t>(std::sqrt(double(multiprocessors) * schedule.slots / heads));
+  return std::min(tail, schedule.slots / 2);
+}
+
 template <typename Traits>
 const char* launch_forward(const ForwardParams& p, cudaStream_t stream) {
   if (!(p.scale > 0.0f)) return kNotCovered;  // the softmax takes its maximum over S
+  if (p.seq_k / Traits::kBlockN >= Step::kMaxTiles) return kNotCovered;
   // The heaviest tiles of all heads first: groups of heads that fit L2 cost more in balance than
   // they save. H200, causal, T = 16384, over cuDNN, groups of 16, 32, 64 MB and none: 1.08, 1.18,
   // 1.25, 1.35 with head dim 128; 0.92, 1.03, 1.06, 1.19 with 256.
@@ -42,7 +57,8 @@ const char* launch_forward(const ForwardParams& p, cudaStream_t stream) {
                      .scale_log2 = p.scale * 1.44269504088896341f};
   if (!make_operand_map(p, p.q, p.seq_q, p.heads, p.head_dim, Traits::kBlockM, a.q) ||
       !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, Traits::kBlockN, a.k) ||
-      !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, Traits::kBlockN, a.v)) {
+      !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, Traits::kBlockN, a.v) ||
+      !make_operand_map(p, p.o, p.seq_q, p.heads, p.value_dim, 16, a.o)) {
     return kNotCovered;
   }
   const int64_t tiles = a.schedule.num_ctas(p);
@@ -51,6 +67,7 @@ const char* launch_forward(const ForwardParams& p, cudaStream_t stream) {
   int device = 0, multiprocessors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  a.schedule.tail = tail_slots(p, a.schedule, multiprocessors);
   constexpr int kSmemBytes = sizeof(typename Traits::Smem);
   const auto kernel = forward_kernel<Traits>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes) !=

@@ -33,6 +33,7 @@ __device__ bool describe_job(const ForwardArguments& a, uint32_t tile, typename 
     job.query_batch = a.q.batch(batch.axis);
     job.key_batch = a.k.batch(batch.axis);
     job.value_batch = a.v.batch(batch.axis);
+    job.out_batch = a.o.batch(batch.axis);
     job.is_end = false;
   }
   // NOTE: one thing after another, through shared memory, because this warp has few registers.
@@ -92,6 +93,19 @@ __device__ void schedule_jobs(typename Traits::Smem& smem, const ForwardArgument
   }
 }
 
+// What each warpgroup sees of the keys [col, col + kBlockN), for a Step. One warp, a lane for each
+// warpgroup.
+template <int kBlockN>
+__device__ uint32_t views_of(const Sequence& s, const BlockMask& blocks, int col) {
+  const int row = s.first_row + static_cast<int>(threadIdx.x % 4) * 64;
+  const bool is_seen = sees_anything<64, kBlockN>(s, blocks, row, col);
+  const bool is_diagonal = blocks.data == nullptr && col + kBlockN <= s.key_length &&
+                           row + 63 + s.left <= col && (row + s.right - col) % 16 == 0;
+  const View view = !is_seen ? View::kNothing : is_diagonal ? View::kDiagonal : View::kAny;
+  const uint32_t shifted = static_cast<uint32_t>(view) << threadIdx.x % 4 * 2;
+  return __reduce_or_sync(device::kWarp, shifted);
+}
+
 // The copies of Q, K and V. K runs one step ahead of V, as the consumers do.
 template <typename Traits>
 class ForwardLoader {
@@ -117,7 +131,7 @@ class ForwardLoader {
         const TileStep next = walk.next(step);
         const Key place(keys_++);
         ptx::mbarrier_wait(smem_.k_empty[place.stage], place.parity ^ 1);
-        if (is_leader_) load_key(job, Step(step, is_first, next), place.stage);
+        load_key(job, step, is_first, next, place.stage);
         load_value();
         const int col = step.tile() * Traits::kBlockN;
         value_row_ = job.s.key_start + col;
@@ -153,17 +167,25 @@ class ForwardLoader {
                     ptx::L2Hint::kEvictFirst);
     }
   }
-  __device__ void load_key(const typename Traits::Job& job, Step step, int stage) {
+  __device__ void load_key(const typename Traits::Job& job, TileStep step, bool is_first,
+                           TileStep next, int stage) {
     using Tile = typename Traits::KeyTile;
     Tile& tile = smem_.key[stage];
     ptx::Mbarrier& full = smem_.k_full[stage];
-    smem_.step[stage] = step.code();
-    ptx::mbarrier_arrive_expect(full, sizeof(Tile));
+    const int col = step.tile() * Traits::kBlockN;
+    if (is_leader_) {
 #pragma unroll
-    for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-      ptx::tma_load(reinterpret_cast<char*>(&tile) + slab * Tile::kSlabBytes, a_.k.map, full,
-                    64 * slab, job.s.key_start + step.tile() * Traits::kBlockN, job.kv_head,
-                    job.key_batch, ptx::L2Hint::kEvictLast);
+      for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+        ptx::tma_load(reinterpret_cast<char*>(&tile) + slab * Tile::kSlabBytes, a_.k.map, full,
+                      64 * slab, job.s.key_start + col, job.kv_head, job.key_batch,
+                      ptx::L2Hint::kEvictLast);
+      }
+    }
+    uint32_t views = 0;  // found while the copy runs
+    if (!step.is_full()) views = views_of<Traits::kBlockN>(job.s, job.blocks, col);
+    if (is_leader_) {
+      smem_.step[stage] = Step(step, is_first, next, views).code();
+      ptx::mbarrier_arrive_expect(full, sizeof(Tile));
     }
   }
 

@@ -12,27 +12,42 @@
 
 namespace jax_flash::attention::sm90 {
 
+// What a warpgroup of 64 queries sees of a tile of keys that is not full for all of them.
+enum class View : uint32_t {
+  kNothing,
+  kAny,       // anything: look at every element
+  kDiagonal,  // each 16 rows see some blocks of 16 columns whole, of the next one a triangle
+};
+
 // A tile of keys on its way from the loader to the consumers, in one word.
 class Step {
  public:
-  __device__ explicit Step(int code) : code_(code) {}
-  __device__ Step(TileStep step, bool is_first, TileStep next)
-      : code_(step.tile() * 16 + (!next.is_end() && next.is_full() ? 8 : 0) + (is_first ? 4 : 0) +
-              (next.is_end() ? 2 : 0) + (step.is_full() ? 1 : 0)) {}
+  static constexpr int64_t kMaxTiles = (1 << 20) - 1;
+
+  __device__ explicit Step(uint32_t code) : code_(code) {}
+  // `views`: a View for each warpgroup, two bits each.
+  __device__ Step(TileStep step, bool is_first, TileStep next, uint32_t views)
+      : code_(static_cast<uint32_t>(step.tile()) << 12 | views << 4 |
+              (!next.is_end() && next.is_full() ? 8 : 0) | (is_first ? 4 : 0) |
+              (next.is_end() ? 2 : 0) | (step.is_full() ? 1 : 0)) {}
   __device__ static Step end() { return Step(kEnd); }
   __device__ bool is_end() const { return code_ == kEnd; }
-  __device__ int tile() const { return code_ >> 4; }
+  __device__ int tile() const { return static_cast<int>(code_ >> 12); }
   __device__ bool is_first() const { return (code_ & 4) != 0; }  // of its job
   __device__ bool is_last() const { return (code_ & 2) != 0; }
   __device__ bool is_full() const { return (code_ & 1) != 0; }  // needs no element mask
   // Is the next step full and of the same job?
   __device__ bool is_before_plain() const { return (code_ & 8) != 0; }
-  __device__ int code() const { return code_; }
+  // Of a tile that is not full.
+  __device__ View view(int warpgroup) const {
+    return static_cast<View>(code_ >> (4 + 2 * warpgroup) & 3);
+  }
+  __device__ uint32_t code() const { return code_; }
 
  private:
-  static constexpr int kEnd = -16;
+  static constexpr uint32_t kEnd = ~0u << 4;  // a tile that does not exist, and no flag
 
-  int code_;
+  uint32_t code_;
 };
 
 // What the instance files choose.
@@ -70,6 +85,10 @@ struct ForwardTraits : Tiles {
   using QueryTile = device::SharedTile<kBlockM, (Tiles::kHeadDim + 63) / 64 * 64>;
   using KeyTile = device::SharedTile<Tiles::kBlockN, (Tiles::kHeadDim + 63) / 64 * 64>;
   using ValueTile = device::SharedTile<Tiles::kBlockN, (Tiles::kValueDim + 63) / 64 * 64>;
+  // Are there registers to spare for the faster ways through the diagonal and out?
+  static constexpr bool kHasRoom = Tiles::kConsumers == 2 && Tiles::kHeadDim <= 128 && !kHasDropout;
+  // O on its way out: 16 rows of a warp.
+  using OutputTile = device::SharedTile<16, (Tiles::kValueDim + 63) / 64 * 64>;
   using Walk = TileWalk<kBlockM, Tiles::kBlockN, Axis::kQuery, -1>;
 
   // A tile of queries of one head. In shared memory, because the main loop rarely looks at it.
@@ -81,16 +100,17 @@ struct ForwardTraits : Tiles {
     Element* o;  // row 0 of the sequence, this head
     float* lse;
     int head, kv_head;
-    int query_batch, key_batch, value_batch;  // coordinates of the tensor maps
-    bool is_end;                              // no job: the last message
+    int query_batch, key_batch, value_batch, out_batch;  // coordinates of the tensor maps
+    bool is_end;                                         // no job: the last message
   };
   struct Smem {
     QueryTile query[Tiles::kQueryStages];
     KeyTile key[Tiles::kKeyStages];
     ValueTile value[Tiles::kValueStages];
+    OutputTile output[kHasRoom ? 4 * Tiles::kConsumers : 1];  // one a warp
     Job job[kJobs];
-    typename Walk::Window window[2];  // of the scheduler, of the loader
-    int step[Tiles::kKeyStages];      // Step::code of what key[] holds
+    typename Walk::Window window[2];   // of the scheduler, of the loader
+    uint32_t step[Tiles::kKeyStages];  // Step::code of what key[] holds
     ptx::Mbarrier job_full[kJobs], job_empty[kJobs];
     ptx::Mbarrier q_full[Tiles::kQueryStages], q_empty[Tiles::kQueryStages];
     ptx::Mbarrier k_full[Tiles::kKeyStages], k_empty[Tiles::kKeyStages];
@@ -106,7 +126,7 @@ struct ForwardArguments {
   uint32_t num_tiles;
   uint32_t lead;  // jobs that a CTA has taken and not finished, at most
   int counter;    // of tile_counter.cuh; negative: CTA c takes tiles c, c + CTAs, c + 2 CTAs, ...
-  OperandMap q, k, v;
+  OperandMap q, k, v, o;
   float scale_log2;
 };
 

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "device/opaque.cuh"
 #include "device/warp.cuh"
 #include "ptx/sm80.cuh"
 
@@ -63,22 +64,55 @@ struct RowSoftmax {
       }
       highest[half] = fmaxf(even, odd);
     }
-    const bool moves = fmaf(highest[0], scale_log2, -reference[0]) > kSlack ||
-                       fmaf(highest[1], scale_log2, -reference[1]) > kSlack;
-    const bool any_moves = kAlways || __any_sync(device::kWarp, moves);
-    if (any_moves) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float old = reference[half];
-        reference[half] = fmaxf(old, fmaf(device::quad_max(highest[half]), scale_log2, kBias));
-        alpha[half] = ptx::exp2_approx(old - reference[half]);
-        sum[half] *= alpha[half];
-      }
-    }
+    const bool any_moves = move_references<kAlways>(highest, scale_log2, alpha);
     float tile_sum[2];
     exponentials(rS, scale_log2, tile_sum);
     sum[0] += tile_sum[0];
     sum[1] += tile_sum[1];
+    return any_moves;
+  }
+
+  // The same for a tile on the diagonal: of its blocks of 16 columns the warp sees the
+  // first `num_full` whole, of the next one a triangle (with the diagonal), and of the others
+  // nothing, so that nothing is computed there.
+  template <int kN>
+  __device__ __forceinline__ bool update_diagonal(float (&rS)[kN][4], int num_full,
+                                                  float scale_log2, float (&alpha)[2]) {
+    constexpr int kBlocks = kN / 2;
+    // NOTE: opaque, so that nothing of this is computed ahead of the main loop, and then spilled.
+    const int lane = static_cast<int>(device::opaque(threadIdx.x) % 32);
+    const int row = lane / 4, col = lane % 4 * 2;
+    float highest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      if (block <= num_full) {
+        float (&left)[4] = rS[2 * block], (&right)[4] = rS[2 * block + 1];
+        if (block == num_full) {
+          if (col > row) left[0] = right[2] = -INFINITY;
+          if (col + 1 > row) left[1] = right[3] = -INFINITY;
+          right[0] = right[1] = -INFINITY;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          highest[half] = fmaxf(highest[half], fmaxf(fmaxf(left[2 * half], left[2 * half + 1]),
+                                                     fmaxf(right[2 * half], right[2 * half + 1])));
+        }
+      }
+    }
+    const bool any_moves = move_references<false>(highest, scale_log2, alpha);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        float& x = rS[2 * block + e / 4][e % 4];
+        if (block <= num_full) {
+          x = ptx::exp2_approx(fmaf(x, scale_log2, -reference[e % 4 / 2]));
+          sum[e % 4 / 2] += x;
+        } else {
+          x = 0.0f;
+        }
+      }
+    }
     return any_moves;
   }
 
@@ -98,6 +132,25 @@ struct RowSoftmax {
   }
 
  private:
+  // Moves the references of the warp's rows to these maxima of a tile, if one must move.
+  template <bool kAlways>
+  __device__ __forceinline__ bool move_references(const float (&highest)[2], float scale_log2,
+                                                  float (&alpha)[2]) {
+    const bool moves = fmaf(highest[0], scale_log2, -reference[0]) > kSlack ||
+                       fmaf(highest[1], scale_log2, -reference[1]) > kSlack;
+    const bool any_moves = kAlways || __any_sync(device::kWarp, moves);
+    if (any_moves) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float old = reference[half];
+        reference[half] = fmaxf(old, fmaf(device::quad_max(highest[half]), scale_log2, kBias));
+        alpha[half] = ptx::exp2_approx(old - reference[half]);
+        sum[half] *= alpha[half];
+      }
+    }
+    return any_moves;
+  }
+
   template <int kN>
   __device__ __forceinline__ void exponentials(float (&rS)[kN][4], float scale_log2,
                                                float (&tile_sum)[2]) const {
