@@ -142,6 +142,39 @@ def test_tma_load(run, tensor, box_rows):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("box_rows", [16, 64])
+@pytest.mark.parametrize("tensor", ["whole", "narrow", "tiny"])
+def test_tma_store(run, tensor, box_rows):
+    """What of a box lies in the array is written, and nothing else."""
+    dim, rows, heads, entries, _ = TENSORS[tensor]
+    rng = np.random.default_rng(dim + box_rows)
+    before = rng.integers(1, 1 << 15, (entries, rows, heads, dim)).astype(np.uint16)
+    first_rows = [0, rows - 3, -3, 7, rows, rows - box_rows]  # each for a head of its own
+    places = [(head, entry) for head in range(heads) for entry in range(entries)]
+    for c0 in (0, 64):
+        coordinates = np.array(
+            [(c0, row, *place) for row, place in zip(first_rows, places, strict=False)], np.int32
+        )
+        source = rng.integers(1, 1 << 15, (len(coordinates), box_rows, 128)).astype(np.uint16)
+        expected = before.copy()
+        for box, (_, row, head, entry) in zip(source, coordinates, strict=True):
+            for r in range(box_rows):
+                if 0 <= row + r < rows:
+                    expected[entry, row + r, head, c0:] = box[r, : max(0, dim - c0)]
+        got = run(
+            "tma_store",
+            _shape("uint16", *before.shape),
+            source,
+            coordinates,
+            before,
+            aliases={2: 0},
+            sizes=np.array([dim, rows, heads, entries]),
+            strides=np.array([heads * dim, dim, rows * heads * dim]),
+        )
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 200])
 @pytest.mark.parametrize("delay", [0, 3000, -3000])
 def test_pipeline(run, steps, delay):

@@ -11,5 +11,11 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+// 0 in a register, not a constant that moves about.
+__device__ __forceinline__ float opaque_zero() {
+  float x = 0.0f;
+  asm volatile("" : "+f"(x));
+  return x;
+}
 
 }  // namespace jax_flash::device

@@ -52,6 +52,28 @@ __global__ void tma_load_kernel(const __grid_constant__ CUtensorMap map, const i
   }
 }
 
+template <int kRows>
+__global__ void tma_store_kernel(const __grid_constant__ CUtensorMap map, const int4* coordinates,
+                                 const uint16_t* source) {
+  using Tile = device::SharedTile<kRows, 128>;
+  __shared__ Tile tile;
+  source += int64_t{blockIdx.x} * kRows * 128;
+  for (int i = threadIdx.x; i < kRows * 128; i += blockDim.x) {
+    tile.data[Tile::offset(i / 128, i % 128) / 2 + i % 8] = source[i];
+  }
+  ptx::fence_async_shared();
+  __syncthreads();  // the tile is there, for the copy engine too
+  if (threadIdx.x == 0) {
+    const int4 at = coordinates[blockIdx.x];
+    for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+      ptx::tma_store(map, tile.data + slab * Tile::kSlabBytes / 2, at.x + slab * 64, at.y, at.z,
+                     at.w);
+    }
+    ptx::bulk_commit();
+    ptx::bulk_wait<0, true>();  // the tile must live until it has been read
+  }
+}
+
 constexpr int kStages = 3, kColumns = 256, kSums = 192;
 
 // 384 threads at 168 registers: a producer at 24 and two consumers at 240 use the same 64512.
@@ -149,6 +171,25 @@ const char* launch_tma_load(const uint16_t* source, const int64_t (&sizes)[4],
       return last_error();
   }
   return "box_rows: expected 8, 80 or 128";
+}
+
+const char* launch_tma_store(const uint16_t* source, const int64_t (&sizes)[4],
+                             const int64_t (&strides)[3], int box_rows, const int32_t* coordinates,
+                             int copies, uint16_t* out, cudaStream_t stream) {
+  CUtensorMap map;
+  if (!device::encode_tensor_map(out, true, sizes, strides, box_rows, map)) {
+    return "the driver refuses the tensor map";
+  }
+  const auto* const places = reinterpret_cast<const int4*>(coordinates);
+  switch (box_rows) {
+    case 16:
+      tma_store_kernel<16><<<copies, 128, 0, stream>>>(map, places, source);
+      return last_error();
+    case 64:
+      tma_store_kernel<64><<<copies, 128, 0, stream>>>(map, places, source);
+      return last_error();
+  }
+  return "box_rows: expected 16 or 64";
 }
 
 const char* launch_pipeline(const float* source, int steps, int delay, float* sums,

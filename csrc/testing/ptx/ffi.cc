@@ -61,6 +61,22 @@ ffi::Error tma_load(cudaStream_t stream, U16 source, S32 coordinates, ffi::Resul
                                   dim(out->dimensions(), 0), out->typed_data(), stream));
 }
 
+// `out` is the memory of the third argument: what no box meets stays.
+ffi::Error tma_store(cudaStream_t stream, U16 source, S32 coordinates, U16 before,
+                     ffi::Result<U16> out, ffi::Span<const int64_t> sizes,
+                     ffi::Span<const int64_t> strides) {
+  if (sizes.size() != 4 || strides.size() != 3) return bad_argument("sizes", 4, sizes.size());
+  if (before.typed_data() != out->typed_data()) {
+    return bad_argument("out", "the memory of `before`", "memory of its own");
+  }
+  int64_t size[4], stride[3];
+  std::copy(sizes.begin(), sizes.end(), size);
+  std::copy(strides.begin(), strides.end(), stride);
+  return to_error(launch_tma_store(source.typed_data(), size, stride, dim(source.dimensions(), 1),
+                                   coordinates.typed_data(), dim(source.dimensions(), 0),
+                                   out->typed_data(), stream));
+}
+
 ffi::Error pipeline(cudaStream_t stream, F32 source, ffi::Result<F32> sums, int64_t delay) {
   return to_error(launch_pipeline(source.typed_data(), dim(source.dimensions(), 0),
                                   static_cast<int>(delay), sums->typed_data(), stream));
@@ -116,6 +132,14 @@ XLA_FFI_DEFINE_HANDLER(TmaLoad, tma_load,
                            .Attr<ffi::Span<const int64_t>>("sizes")
                            .Attr<ffi::Span<const int64_t>>("strides")
                            .Attr<int64_t>("hint"));
+XLA_FFI_DEFINE_HANDLER(TmaStore, tma_store,
+                       bind()
+                           .Arg<U16>()  // source
+                           .Arg<S32>()  // coordinates
+                           .Arg<U16>()  // before
+                           .Ret<U16>()  // out
+                           .Attr<ffi::Span<const int64_t>>("sizes")
+                           .Attr<ffi::Span<const int64_t>>("strides"));
 XLA_FFI_DEFINE_HANDLER(Pipeline, pipeline,
                        bind()
                            .Arg<F32>()  // source
@@ -152,6 +176,7 @@ NB_MODULE(_cuda_testing, module) {
     nb::dict table;
     table["jax_flash_testing.wgmma"] = handler(Wgmma);
     table["jax_flash_testing.tma_load"] = handler(TmaLoad);
+    table["jax_flash_testing.tma_store"] = handler(TmaStore);
     table["jax_flash_testing.pipeline"] = handler(Pipeline);
     table["jax_flash_testing.bulk_reduce"] = handler(BulkReduce);
     table["jax_flash_testing.stmatrix"] = handler(Stmatrix);

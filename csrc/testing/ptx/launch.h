@@ -28,6 +28,12 @@ const char* launch_tma_load(const uint16_t* source, const int64_t (&sizes)[4],
                             const int32_t* coordinates, int copies, uint16_t* out,
                             cudaStream_t stream);
 
+// The reverse: the tiles of source [copies, box_rows, 128], in logical order, into the array `out`,
+// as two boxes of 64 columns at each of coordinates [copies, 4].
+const char* launch_tma_store(const uint16_t* source, const int64_t (&sizes)[4],
+                             const int64_t (&strides)[3], int box_rows, const int32_t* coordinates,
+                             int copies, uint16_t* out, cudaStream_t stream);
+
 // A ring of three stages: source [steps, 256] comes by bulk_load, `sums` [256, 192] is
 // sum over steps of source[step, thread % 64 + i], held in 192 registers of each of the 256
 // consumers. delay: nanoseconds that the producer (> 0) or the consumers (< 0) lose now and then.

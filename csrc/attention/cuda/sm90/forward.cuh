@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention/cuda/mask.cuh"
+#include "attention/cuda/sm90/forward_output.cuh"
 #include "attention/cuda/sm90/forward_producer.cuh"
 #include "attention/cuda/sm90/softmax.cuh"
 #include "device/element.cuh"
@@ -38,7 +39,8 @@ class ForwardConsumer {
       bool is_seen = false;
       // Where the next job cannot begin under this one's last P V, that goes while its Q and K
       // come.
-      const bool ends_alone = !Traits::kFlattened && !step.is_end() && step.is_last();
+      const bool ends_alone =
+          !Traits::kFlattened && a_.ends_alone && !step.is_end() && step.is_last();
       if (!ends_alone) {
         wait_key();
         if (step.is_before_plain()) {
@@ -101,19 +103,20 @@ class ForwardConsumer {
     const RowSoftmax<Element> finished = softmax_;
     const uint32_t job = job_;
     if (!kIsPlain) begin(next);
-    to_probabilities<kIsPlain>(next);
-    release_operands(next);
+    const bool is_good = to_probabilities < kIsPlain, !kIsPlain && Traits::kFlattened > (next);
+    if (kIsPlain || is_good) release_operands(next);
     ptx::wgmma_wait<0>();  // O
     ptx::wgmma_pin(rO_);
     ptx::wgmma_pin(rP_);
     release_value();
-    ++steps_;
     pack_probabilities();
     if (!kIsPlain && step.is_last()) {
       finish(job, finished);
     } else if (kIsPlain || !next.is_first()) {
       is_fresh_ = false;
     }
+    if (!kIsPlain && !is_good) begin_again(next);
+    ++steps_;
     return next;
   }
 
@@ -138,10 +141,13 @@ class ForwardConsumer {
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(rS_[0]);
     begin(next);
-    to_probabilities<false>(next);
-    release_operands(next);
+    if (to_probabilities<false, !Traits::kFlattened>(next)) {
+      release_operands(next);
+      pack_probabilities();
+    } else {
+      begin_again(next);
+    }
     ++steps_;
-    pack_probabilities();
   }
 
   // A tile that only other warpgroups see.
@@ -231,12 +237,16 @@ class ForwardConsumer {
   }
 
   // S -> P; rescales O where a reference moves. The product that may still add to O belongs to the
-  // old reference, so that it must be waited for; but then references move rarely.
-  template <bool kIsFull>
-  __device__ __forceinline__ void to_probabilities(Step next) {
+  // old reference, so that it must be waited for; but then references move rarely. False where the
+  // guess that begins a job (kBeginsJobs) was none too good: begin_again.
+  template <bool kIsPlain, bool kBeginsJobs>
+  __device__ __forceinline__ bool to_probabilities(Step next) {
     float alpha[2];
-    if (!kIsFull) {
-      const bool moved = to_probabilities_with_maximum(next, alpha);
+    if (!kIsPlain) {
+      if (kBeginsJobs && Traits::kGuesses && next.is_first() && has_simple_mask(next)) {
+        return guess_probabilities(next);
+      }
+      const bool moved = to_unusual_probabilities(next, alpha);
       if (moved && !next.is_first()) rescale(alpha);
     } else if (!softmax_.try_update(rS_[0], a_.scale_log2)) {
       multiply_query_again();
@@ -252,18 +262,52 @@ class ForwardConsumer {
         }
       }
     }
+    return true;
+  }
+
+  // Is the tile full, or does it end on a diagonal of blocks?
+  __device__ __forceinline__ bool has_simple_mask(Step next) const {
+    return next.is_full() || (Traits::kHasRoom && next.view(warpgroup_) == View::kDiagonal);
+  }
+  // How many of the tile's blocks of 16 columns, of which it has a simple mask, count whole.
+  __device__ __forceinline__ int full_blocks(Step next) const {
+    if (next.is_full()) return Traits::kBlockN / 16;
+    const Job& job = job_of(job_);
+    return device::uniform(
+        (job.s.first_row + first_row() + job.s.right - next.tile() * Traits::kBlockN) >> 4);
+  }
+
+  // S -> P of the first tile of a job by a guess; true if it was good.
+  __device__ __forceinline__ bool guess_probabilities(Step next) {
+    if constexpr (Traits::kHasRoom) {
+      return softmax_.try_first_diagonal(rS_[0], full_blocks(next), a_.scale_log2);
+    } else {
+      return softmax_.try_first(rS_[0], a_.scale_log2);
+    }
+  }
+  // S and P of the first tile of a job once more, by its maximum. Rare.
+  __device__ __forceinline__ void begin_again(Step next) {
+    if constexpr (Traits::kGuesses) {
+      float alpha[2];
+      softmax_.reset();
+      multiply_query_again();
+      to_unusual_probabilities(next, alpha);
+      release_operands(next);
+      pack_probabilities();
+    }
   }
 
   // S -> P of the first tile of a job, or of one that needs a mask; did a reference move?
-  __device__ __forceinline__ bool to_probabilities_with_maximum(Step next, float (&alpha)[2]) {
+  __device__ __forceinline__ bool to_unusual_probabilities(Step next, float (&alpha)[2]) {
+    if constexpr (Traits::kHasRoom) {
+      if (has_simple_mask(next)) {
+        return softmax_.update_diagonal(rS_[0], full_blocks(next), a_.scale_log2, alpha);
+      }
+    }
     if (!next.is_full()) {
       const Job& job = job_of(job_);
-      const int row = job.s.first_row + first_row(), col = next.tile() * Traits::kBlockN;
-      if (Traits::kHasRoom && next.view(warpgroup_) == View::kDiagonal) {
-        const int num_full = device::uniform((row + job.s.right - col) >> 4);
-        return softmax_.update_diagonal(rS_[0], num_full, a_.scale_log2, alpha);
-      }
-      mask_scores(rS_, job.s, job.blocks, row, col);
+      mask_scores(rS_, job.s, job.blocks, job.s.first_row + first_row(),
+                  next.tile() * Traits::kBlockN);
     }
     return softmax_.template update<false>(rS_[0], a_.scale_log2, alpha);
   }
@@ -339,95 +383,15 @@ class ForwardConsumer {
     const Job& job = job_of(job_idx);
     const int first_row = job.s.first_row + this->first_row();
     softmax.finish();
+    ForwardOutput<Traits> output(a_, job, first_row, softmax, rO_);
     // The copy engine knows where the array ends, but not a sequence in it.
     if (Traits::kHasRoom &&
         device::uniform(!a_.p.mask.varlen || first_row + 16 <= job.s.query_rows)) {
-      copy_output(job, first_row, softmax);
+      output.copy(smem_.output[4 * warpgroup_ + this->first_row() % 64 / 16]);
     } else {
-      write_output(job, first_row, softmax);
+      output.write();
     }
     release(smem_.job_empty[job_idx % Traits::kJobs]);
-  }
-
-  // O through shared memory, so that the copy engine writes it while the warp goes on.
-  __device__ __forceinline__ void copy_output(const Job& job, int first_row,
-                                              const RowSoftmax<Element>& softmax) {
-    using Tile = typename Traits::OutputTile;
-    using Address = device::LdmatrixAddress<Tile>;
-    const int lane = this->lane(), row = first_row + lane / 4;
-    const float factor[2] = {factor_of(row < job.s.query_length, 0, softmax),
-                             factor_of(row + 8 < job.s.query_length, 1, softmax)};
-    Tile& tile = smem_.output[4 * warpgroup_ + this->first_row() % 64 / 16];
-    const Address address(tile, Address::Order::kRowsFirst, 0, lane);
-    if (lane == 0) ptx::bulk_wait<0, true>();
-    __syncwarp();  // the last copy has read the tile
-#pragma unroll
-    for (int d = 0; d < Traits::kFragmentsV; d += 2) {
-      const uint32_t packed[4] = {pack_output(d, 0, factor[0]), pack_output(d, 1, factor[1]),
-                                  pack_output(d + 1, 0, factor[0]),
-                                  pack_output(d + 1, 1, factor[1])};
-      ptx::stmatrix_x4(address(0, 8 * d), packed);
-    }
-    ptx::fence_async_shared();
-    __syncwarp();  // the tile is there
-    if (lane == 0) {
-#pragma unroll
-      for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-        ptx::tma_store(a_.o.map, reinterpret_cast<char*>(&tile) + slab * Tile::kSlabBytes,
-                       64 * slab, job.s.query_start + first_row, job.head, job.out_batch);
-      }
-      ptx::bulk_commit();
-    }
-    // NOTE: not before the fence, which waits for whatever was written.
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (lane % 4 == 0 && row + 8 * half < job.s.query_rows) {
-        job.lse[row + 8 * half] =
-            row + 8 * half < job.s.query_length ? softmax.lse(half) : -INFINITY;
-      }
-    }
-  }
-
-  // O row by row. Neighbouring lanes exchange words, so that the quad of a row writes whole sectors
-  // of 32 bytes.
-  __device__ __forceinline__ void write_output(const Job& job, int first_row,
-                                               const RowSoftmax<Element>& softmax) {
-    const int lane = this->lane(), q = lane % 4;
-    const bool is_odd = q % 2 != 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + 8 * half + lane / 4;
-      const bool takes_part = row < job.s.query_length, is_written = row < job.s.query_rows;
-      const float factor = factor_of(takes_part, half, softmax);
-      if (q == 0 && is_written) job.lse[row] = takes_part ? softmax.lse(half) : -INFINITY;
-      Element* gO = job.o + row * a_.p.o.row_stride + (is_odd ? 2 * q + 6 : 2 * q);
-      const int end = static_cast<int>(a_.p.value_dim) - (is_odd ? 8 : 0);
-#pragma unroll
-      for (int d = 0; d < Traits::kFragmentsV; d += 2) {
-        const uint32_t left = pack_output(d, half, factor),
-                       right = pack_output(d + 1, half, factor);
-        const uint32_t other = __shfl_xor_sync(device::kWarp, is_odd ? left : right, 1);
-        if (is_written && 8 * d < end) {
-          *reinterpret_cast<uint2*>(gO + 8 * d) =
-              is_odd ? make_uint2(other, right) : make_uint2(left, other);
-        }
-      }
-    }
-  }
-
-  // What a row of O is multiplied by.
-  __device__ __forceinline__ float factor_of(bool takes_part, int half,
-                                             const RowSoftmax<Element>& softmax) {
-    float factor = takes_part ? softmax.normalizer(half) : 0.0f;
-    if (Traits::kHasDropout) factor *= dropout_scale(a_.p.dropout);
-    if (factor == 0.0f) {  // 0 times a NaN of V, or of what was never written, is no zero
-#pragma unroll
-      for (int d = 0; d < Traits::kFragmentsV; ++d) rO_[d][2 * half] = rO_[d][2 * half + 1] = 0.0f;
-    }
-    return factor;
-  }
-  __device__ __forceinline__ uint32_t pack_output(int d, int half, float factor) const {
-    return device::pack<Element>(rO_[d][2 * half] * factor, rO_[d][2 * half + 1] * factor);
   }
 
   // One arrival a warp, once all of its lanes are through.

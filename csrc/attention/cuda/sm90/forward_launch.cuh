@@ -1,6 +1,8 @@
 // The launch of the Hopper forward kernel.
 #pragma once
 
+#include <cmath>
+
 #include "attention/cuda/architecture.h"
 #include "attention/cuda/sm90/forward.cuh"
 
@@ -14,15 +16,20 @@ inline bool has_uneven_tiles(const Problem& p) {
          mask.block_mask.data != nullptr;
 }
 
+// Keys that a job of block_m queries sees, on average.
+inline int64_t mean_keys_of_job(const Problem& p, int block_m) {
+  const int64_t sequences = p.mask.varlen ? std::max<int64_t>(p.num_sequences, 1) : 1;
+  const int64_t keys = std::min(p.seq_k / sequences, p.mask.window_left + block_m);
+  return p.mask.window_right < keys ? (keys + block_m) / 2 : keys;
+}
+
 // How many jobs a CTA may have taken and not finished. Each one beyond the first is on its way
 // while another is worked on, which takes about 3 us, and is out of the others' reach, which costs
 // balance. H200, causal, TFLOP/s with 2, 3, 4 at T = 512, 1024, 2048, 4096: head dim 64 174 216
 // 223, 276 292 297, 382 390 380, 439 434 433; 128 243 301 299, 388 412 397, 515 505 484, 605 583
 // 580; 256 305 299 292, 420 393 384, 517 488 466, 618 572 533.
 inline uint32_t jobs_ahead(const Problem& p, int block_m) {
-  const int64_t sequences = p.mask.varlen ? std::max<int64_t>(p.num_sequences, 1) : 1;
-  const int64_t keys = std::min(p.seq_k / sequences, p.mask.window_left + block_m);
-  const int64_t seen = p.mask.window_right < keys ? (keys + block_m) / 2 : keys;
+  const int64_t seen = mean_keys_of_job(p, block_m);
   const int64_t clocks = 2 * block_m * seen * (p.head_dim + p.value_dim) / 4096;  // of the products
   return clocks >= 10000 ? 2 : clocks >= 5000 ? 3 : 4;
 }
@@ -41,6 +48,13 @@ inline int32_t tail_slots(const Problem& p, const Schedule& schedule, int multip
   return std::min(tail, schedule.slots / 2);
 }
 
+// Head dims 192 and 256 have one Q at a time. In a short job its last P V is better done while the
+// next Q and K come; in a long one CTAs that share a head lose step, and L2 serves them worse.
+// H200, head dim 256, with over without, T = 512, 1024, 2048, 4096, 8192, 16384:
+// full 1.08, 1.03, 1.02, 0.99, 0.95, 0.97; causal (with the light slots
+// last) 1.07, 1.08, 1.10, 1.10, 1.02, 0.98.
+inline constexpr int64_t kShortJob = 2560;
+
 template <typename Traits>
 const char* launch_forward(const ForwardParams& p, cudaStream_t stream) {
   if (!(p.scale > 0.0f)) return kNotCovered;  // the softmax takes its maximum over S
@@ -54,7 +68,8 @@ const char* launch_forward(const ForwardParams& p, cudaStream_t stream) {
                      .num_tiles = 0,
                      .lead = jobs_ahead(p, Traits::kBlockM),
                      .counter = -1,
-                     .scale_log2 = p.scale * 1.44269504088896341f};
+                     .scale_log2 = p.scale * 1.44269504088896341f,
+                     .ends_alone = mean_keys_of_job(p, Traits::kBlockM) <= kShortJob};
   if (!make_operand_map(p, p.q, p.seq_q, p.heads, p.head_dim, Traits::kBlockM, a.q) ||
       !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, Traits::kBlockN, a.k) ||
       !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, Traits::kBlockN, a.v) ||
@@ -111,10 +126,9 @@ struct ForwardForm<256, 256, kHasDropout> {
 };
 
 // Short sequences at head dim 64: tiles of 192 queries would hang over their ends, and a job is a
-// few steps. H200, 16384 tokens, over cuDNN at T = 512, 1024, 2048: 192 x 128
-// full 1.01, 1.02, 1.15, causal 0.71, 0.80, 0.96; 256 x 64 full 1.08, 1.05, 1.05; 128 x 128 causal
-// 0.83, 0.86, 0.92.
-inline constexpr int64_t kShort = 1024;
+// few steps. H200, 16384 tokens, TFLOP/s at T = 512, 1024, 2048, 4096: full 256 x 64 473 492 516
+// 546, 192 x 128 (at 2048, 4096) 543 554; causal 128 x 128 253 345 419 464, 192 x 128 408 478.
+inline constexpr int64_t kShortFull = 1024, kShortCausal = 2048;
 using ShortFullTiles = ForwardTiles<64, 64, 4, 64, 4, 4, false, 2>;
 using ShortCausalTiles = ForwardTiles<64, 64, 2, 128, 4, 4, true, 1>;
 
@@ -131,10 +145,10 @@ const char* forward_sm90(const ForwardParams& p, cudaStream_t stream) {
   }
   if constexpr (kHeadDim == 64) {
     const int64_t rows = p.mask.varlen ? p.seq_q / std::max<int64_t>(p.num_sequences, 1) : p.seq_q;
-    if (rows <= kShort && has_uneven_tiles(p)) {
+    if (rows <= kShortCausal && has_uneven_tiles(p)) {
       return launch_forward<ForwardTraits<Element, ShortCausalTiles, false>>(p, stream);
     }
-    if (rows <= kShort) {
+    if (rows <= kShortFull && !has_uneven_tiles(p)) {
       return launch_forward<ForwardTraits<Element, ShortFullTiles, false>>(p, stream);
     }
   }

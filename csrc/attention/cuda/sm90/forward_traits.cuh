@@ -87,6 +87,8 @@ struct ForwardTraits : Tiles {
   using ValueTile = device::SharedTile<Tiles::kBlockN, (Tiles::kValueDim + 63) / 64 * 64>;
   // Are there registers to spare for the faster ways through the diagonal and out?
   static constexpr bool kHasRoom = Tiles::kConsumers == 2 && Tiles::kHeadDim <= 128 && !kHasDropout;
+  // bf16 begins a job with a guess (RowSoftmax::try_first).
+  static constexpr bool kGuesses = std::is_same_v<Element, __nv_bfloat16> && !kHasDropout;
   // O on its way out: 16 rows of a warp.
   using OutputTile = device::SharedTile<16, (Tiles::kValueDim + 63) / 64 * 64>;
   using Walk = TileWalk<kBlockM, Tiles::kBlockN, Axis::kQuery, -1>;
@@ -128,6 +130,7 @@ struct ForwardArguments {
   int counter;    // of tile_counter.cuh; negative: CTA c takes tiles c, c + CTAs, c + 2 CTAs, ...
   OperandMap q, k, v, o;
   float scale_log2;
+  bool ends_alone;  // the last P V of a job does not wait for the first K of the next
 };
 
 }  // namespace jax_flash::attention::sm90

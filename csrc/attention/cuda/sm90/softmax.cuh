@@ -26,6 +26,10 @@ struct RowSoftmax {
   static constexpr bool kIsBf16 = std::is_same_v<Element, __nv_bfloat16>;
   static constexpr float kBias = kIsBf16 ? 16.0f : 0.0f, kSlack = kIsBf16 ? 0.0f : 8.0f;
 
+  // The first tile of a job has no old reference. bf16 guesses one, and takes what comes of it
+  // where no sum is too large, or so small that something may have vanished.
+  static constexpr float kGuess = 24.0f, kLeast = 0x1p-40f;
+
   float reference[2];  // m; finite, so that no row is special
   float sum[2];        // this lane's share of l
 
@@ -46,6 +50,24 @@ struct RowSoftmax {
     sum[0] += tile_sum[0];
     sum[1] += tile_sum[1];
     return true;
+  }
+
+  // The same for the first tile of a job.
+  template <int kN>
+  __device__ __forceinline__ bool try_first(float (&rS)[kN][4], float scale_log2) {
+    reference[0] = reference[1] = kGuess;
+    exponentials(rS, scale_log2, sum);
+    return __all_sync(device::kWarp, is_good_first(0, true) && is_good_first(1, true));
+  }
+  template <int kN>
+  __device__ __forceinline__ bool try_first_diagonal(float (&rS)[kN][4], int num_full,
+                                                     float scale_log2) {
+    reference[0] = reference[1] = kGuess;
+    const Corner corner;
+    diagonal_exponentials<true>(rS, corner, num_full, scale_log2);
+    // Of a row of the corner block, a lane may see nothing.
+    const bool sees[2] = {num_full > 0 || (num_full == 0 && corner.sees_first()), num_full >= 0};
+    return __all_sync(device::kWarp, is_good_first(0, sees[0]) && is_good_first(1, sees[1]));
   }
 
   // The same for any S. kAlways: the references move to this tile's maximum, if it is higher, and
@@ -78,20 +100,13 @@ struct RowSoftmax {
   template <int kN>
   __device__ __forceinline__ bool update_diagonal(float (&rS)[kN][4], int num_full,
                                                   float scale_log2, float (&alpha)[2]) {
-    constexpr int kBlocks = kN / 2;
-    // NOTE: opaque, so that nothing of this is computed ahead of the main loop, and then spilled.
-    const int lane = static_cast<int>(device::opaque(threadIdx.x) % 32);
-    const int row = lane / 4, col = lane % 4 * 2;
+    const Corner corner;
     float highest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
+    for (int block = 0; block < kN / 2; ++block) {
       if (block <= num_full) {
         float (&left)[4] = rS[2 * block], (&right)[4] = rS[2 * block + 1];
-        if (block == num_full) {
-          if (col > row) left[0] = right[2] = -INFINITY;
-          if (col + 1 > row) left[1] = right[3] = -INFINITY;
-          right[0] = right[1] = -INFINITY;
-        }
+        if (block == num_full) corner.mask(left, right);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           highest[half] = fmaxf(highest[half], fmaxf(fmaxf(left[2 * half], left[2 * half + 1]),
@@ -100,19 +115,7 @@ struct RowSoftmax {
       }
     }
     const bool any_moves = move_references<false>(highest, scale_log2, alpha);
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        float& x = rS[2 * block + e / 4][e % 4];
-        if (block <= num_full) {
-          x = ptx::exp2_approx(fmaf(x, scale_log2, -reference[e % 4 / 2]));
-          sum[e % 4 / 2] += x;
-        } else {
-          x = 0.0f;
-        }
-      }
-    }
+    diagonal_exponentials<false>(rS, corner, num_full, scale_log2);
     return any_moves;
   }
 
@@ -132,6 +135,57 @@ struct RowSoftmax {
   }
 
  private:
+  // The block of 16 x 16 on the diagonal: a row sees the columns up to its own.
+  class Corner {
+   public:
+    // NOTE: opaque, so that nothing of this is computed ahead of the main loop, and then spilled.
+    __device__ __forceinline__ Corner() {
+      const int lane = static_cast<int>(device::opaque(threadIdx.x) % 32);
+      row_ = lane / 4;
+      col_ = lane % 4 * 2;
+    }
+    __device__ __forceinline__ bool sees_first() const { return col_ <= row_; }
+    __device__ __forceinline__ void mask(float (&left)[4], float (&right)[4]) const {
+      if (col_ > row_) left[0] = right[2] = -INFINITY;
+      if (col_ + 1 > row_) left[1] = right[3] = -INFINITY;
+      right[0] = right[1] = -INFINITY;
+    }
+
+   private:
+    int row_, col_;
+  };
+
+  __device__ __forceinline__ bool is_good_first(int half, bool sees_something) const {
+    return sum[half] <= 1.0f && (sum[half] >= kLeast || !sees_something);
+  }
+
+  // S -> P of the blocks up to `num_full`, which count, and zeros in the others.
+  template <bool kMasks, int kN>
+  __device__ __forceinline__ void diagonal_exponentials(float (&rS)[kN][4], const Corner& corner,
+                                                        int num_full, float scale_log2) {
+#pragma unroll
+    for (int block = 0; block < kN / 2; ++block) {
+      float (&left)[4] = rS[2 * block], (&right)[4] = rS[2 * block + 1];
+      if (block <= num_full) {
+        if (kMasks && block == num_full) corner.mask(left, right);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          left[e] = ptx::exp2_approx(fmaf(left[e], scale_log2, -reference[e / 2]));
+          right[e] = ptx::exp2_approx(fmaf(right[e], scale_log2, -reference[e / 2]));
+          sum[e / 2] += left[e] + right[e];
+        }
+      } else {
+        // NOTE: opaque: constants in place of registers make the compiler move, and spill, all of
+        // S.
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          left[e] = device::opaque_zero();
+          right[e] = device::opaque_zero();
+        }
+      }
+    }
+  }
+
   // Moves the references of the warp's rows to these maxima of a tile, if one must move.
   template <bool kAlways>
   __device__ __forceinline__ bool move_references(const float (&highest)[2], float scale_log2,
