@@ -130,9 +130,10 @@ def step(loss, state, tokens):
     return (parameters, first, second, count), value
 
 
-def first_state(init):
-    """What `step` begins with, from init() -> parameters."""
-    return jax.jit(lambda: (p := init(), *(jax.tree.map(jnp.zeros_like, p),) * 2, jnp.zeros(())))()
+def first_state(parameters):
+    """What `step` begins with."""
+    zeros = (jax.tree.map(jnp.zeros_like, parameters) for _ in range(2))
+    return parameters, *zeros, jnp.zeros(())
 
 
 def compiled_steps(losses: dict, state, tokens) -> dict:
@@ -312,7 +313,7 @@ def main(argv=None) -> int:
 
     shape = (model.batch, model.seq + 1)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, model.vocabulary)
-    state = first_state(functools.partial(init, model, 0))
+    state = first_state(jax.jit(init, static_argnums=(0, 1))(model, 0))
     attends = {name: providers.PROVIDERS[name][1](workload(model)) for name in names}
     by_attention = {
         name: functools.partial(loss, model, attend) for name, attend in attends.items()

@@ -33,6 +33,7 @@ from jax_flash._ops.cross_entropy import IGNORED
 
 _CHUNK_LOGITS = 1 << 26  # logits at once: 256 MiB
 _CHUNK_MULTIPLE = 128  # tokens: whole tiles of a matmul
+_UNROLLED = 16  # chunks of a group that are no loop, on CUDA
 _GROUP_BYTES = 1 << 30  # of gradients of logits that may be kept, however small the weight
 
 
@@ -355,7 +356,9 @@ def _kernel_of_weights(config, logits_of, hidden, labels, row_weights):
     first = [x[None] for x in first]
     if count == 1:
         return first, dlogits
-    dlogits, later = jax.lax.scan(step, dlogits, tuple(x[1:] for x in chunks))
+    # A loop would have a transposed weight, such as an embedding, copied first.
+    unroll = count <= _UNROLLED
+    dlogits, later = jax.lax.scan(step, dlogits, tuple(x[1:] for x in chunks), unroll=unroll)
     return [jnp.concatenate(x) for x in zip(first, later, strict=True)], dlogits
 
 
