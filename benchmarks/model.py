@@ -270,7 +270,7 @@ def profile_by_kind(name: str, times: dict[str, list[float]]) -> dict[str, float
     print(f"{name}: one step, ms of device time")
     for kind, milliseconds in kinds.items():
         print(f"  {milliseconds:9.2f}  {kind}")
-    for kernel, launches in sorted(times.items(), key=lambda item: -sum(item[1]))[:12]:
+    for kernel, launches in sorted(times.items(), key=lambda item: -sum(item[1]))[:25]:
         each = statistics.median(launches) / 1e6
         print(f"    {sum(launches) / 1e6:9.2f} = {len(launches)} x {each:.3f}  {kernel[:100]}")
     return kinds

@@ -34,6 +34,8 @@ LINEAR = {
     "remainder": ((2, 7), 9, 64, 4, False, OPTIONS["all"]),
     "one_token_each": ((5,), 1, 2, 1, True, OPTIONS["smoothing"]),
     "one_chunk": ((3, 1, 5), 32, 131, None, True, OPTIONS["z_loss"]),
+    "long_rows": ((19,), 8, 9001, 8, True, OPTIONS["smoothing"]),  # one kernel in both directions
+    "longer_rows": ((7,), 8, 25003, None, False, OPTIONS["z_loss"]),
 }
 
 
@@ -76,7 +78,7 @@ def test_linear(implementation, dtype, case):
         helpers.assert_close(name, *values)
 
 
-MEANS = [("float32", case, r) for case, r in zip(LINEAR, ("mean", "sum") * 2, strict=True)]
+MEANS = [("float32", case, r) for case, r in zip(LINEAR, ("mean", "sum") * 3, strict=True)]
 MEANS += [("bfloat16", "remainder", "mean"), ("float16", "one_chunk", "sum")]
 
 
