@@ -89,7 +89,7 @@ struct Product {
 
 // How early a suggestion of cuBLASLt should be tried, for a kind of product whose first one is
 // slow; kNever: not before the first one. Of all eight at ten shapes on an H200 (2026-11-28,
-// docs/kernels/dense.md) these are the fastest, or within 3% of it, and the first ones up to 1.3
+// docs/kernels/dense.md) these are the fastest, or within 4% of it, and the first ones up to 1.3
 // times slower.
 constexpr int kNever = 2;
 
