@@ -42,6 +42,7 @@ KINDS = {
 }
 COLUMNS += dict.fromkeys(KINDS.values())
 PROGRAMS = ("jax_flash", "jax_nn_cudnn")
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}  # no products by Triton to try and to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,11 +212,9 @@ def random_tokens(model: Model) -> jax.Array:
 def are_one_model() -> bool:
     """Whether both programs, made small, give the same loss; without dropout."""
     operands = init(TINY), random_tokens(TINY)
-    # Nothing to tune in a small model that runs once.
-    options = {"xla_gpu_enable_triton_gemm": False}
     lowered = [jax.jit(loss).lower(*operands) for loss in programs(TINY).values()]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = pool.map(lambda x: x.compile(compiler_options=options), lowered)
+        compiled = pool.map(lambda x: x.compile(compiler_options=CUBLAS), lowered)
     values = [float(loss(*operands)) for loss in compiled]
     print("losses of a small model:", values, flush=True)
     return abs(values[0] - values[1]) < 0.01
@@ -238,6 +237,9 @@ def parse(argv=None):
     parser.add_argument("--dropout", type=float, default=0.0, help="of each branch; default: 0")
     parser.add_argument("--rounds", type=int, default=5, help="bursts of each program")
     parser.add_argument("--steps", type=int, default=4, help="steps of a burst")
+    parser.add_argument(
+        "--cublas", action="store_true", help="no products by Triton: compiles fast"
+    )
     parser.add_argument("--profile", action="store_true", help="one more step under the profiler")
     parser.add_argument("--out", default="", help="CSV to append to (default: by device)")
     return parser.parse_args(argv)
@@ -249,19 +251,21 @@ def main(argv=None) -> int:
     shape = dataclasses.replace(shape, batch=args.batch or shape.batch, dropout=args.dropout)
     args.device, args.now = evidence.device_name(), datetime.datetime.now(datetime.UTC)
     path = args.out or evidence.device_folder(args.device) / "fused_model.csv"
-    print(f"{args.device}: {shape.name()} -> {path}", flush=True)
+    title = shape.name() + (", products by cuBLAS" if args.cublas else "")
+    print(f"{args.device}: {title} -> {path}", flush=True)
     if not are_one_model():
         print("the programs are not the same model", file=sys.stderr)
         return 1
     tokens = random_tokens(shape)
     state = model.first_state(init(shape))
-    steps = model.compiled_steps(programs(shape), state, tokens)
+    options = CUBLAS if args.cublas else None
+    steps = model.compiled_steps(programs(shape), state, tokens, options)
     state, seconds, last = model.time_steps(steps, state, tokens, args)
     profiles = model.profile_steps(steps, state, tokens) if args.profile else {}
     rows = []
     for name, step in steps.items():
         row = model.row_of(args, name, step, seconds[name], tokens)
-        row |= dict(model=shape.name(), program=name, loss=f"{last[name]:.4f}")
+        row |= dict(model=title, program=name, loss=f"{last[name]:.4f}")
         if name in profiles:
             row |= kinds_of(name, profiles[name])
         rows.append(row)

@@ -136,12 +136,12 @@ def first_state(parameters):
     return parameters, *zeros, jnp.zeros(())
 
 
-def compiled_steps(losses: dict, state, tokens) -> dict:
-    """Name -> `step` of each loss, compiled; the state is donated."""
+def compiled_steps(losses: dict, state, tokens, options=None) -> dict:
+    """Name -> `step` of each loss, compiled with these of XLA's options; the state is donated."""
 
     def compiled(loss):
         function = jax.jit(functools.partial(step, loss), donate_argnums=0)
-        return function.lower(state, tokens).compile()
+        return function.lower(state, tokens).compile(compiler_options=options)
 
     begin = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor() as pool:
