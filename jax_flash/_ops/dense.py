@@ -155,9 +155,10 @@ def _sums_as_it_goes(config, bias, dtype) -> bool:
     """Whether XLA sums the bias gradient in the pass that makes d(pre).
 
     It does for a sum of bfloat16, which it adds up in float32, 128 rows at a time on a GPU; given a
-    sum of float32 it writes d(pre) as such, too. Halves of a gated one are joined in between.
+    sum of float32 it writes d(pre) as such, too. Halves of a gated one are joined in between, and
+    the sums of several devices would be added up in bfloat16.
     """
-    if bias is None or config.activation in GATED:
+    if bias is None or config.activation in GATED or jax.device_count() > 1:
         return False
     return dtype == jnp.bfloat16 and bias.dtype == dtype
 
