@@ -15,6 +15,7 @@ losses must agree at a small size. Rows go to benchmarks/results/<device>/fused_
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
@@ -41,6 +42,7 @@ KINDS = {
 }
 COLUMNS += dict.fromkeys(KINDS.values())
 PROGRAMS = ("jax_flash", "jax_nn_cudnn")
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}  # no products by Triton to try and to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +173,16 @@ def fused_head(x, embedding, labels):
 
 
 def init(model: Model) -> dict[str, Any]:
-    """Parameters, float32; of the blocks as Flax makes them."""
-    small = dataclasses.replace(model, seq=8, batch=1, dropout=0.0)
+    """Parameters, float32; of the blocks as Flax makes them, compiled for one of them."""
+    small = dataclasses.replace(model, layers=1, seq=8, batch=1, dropout=0.0)
     x = jnp.zeros((1, 8, model.width), jnp.bfloat16)
-    parameters = FusedGPT(small).init(jax.random.key(0), x)["params"]
+    one = jax.jit(lambda key: FusedGPT(small).init(key, x)["params"])
+    parameters: dict[str, Any] = {}
+    for i in range(model.layers):
+        layer = one(jax.random.key(i))
+        parameters |= {f"block{i}": layer["block0"], "norm": layer["norm"]}
     shape = (model.vocabulary, model.width)
-    embedding = 0.02 * jax.random.normal(jax.random.key(1), shape)
+    embedding = jax.jit(lambda key: 0.02 * jax.random.normal(key, shape))(jax.random.key(1 << 20))
     return parameters | {"embedding": embedding}
 
 
@@ -205,8 +211,11 @@ def random_tokens(model: Model) -> jax.Array:
 
 def are_one_model() -> bool:
     """Whether both programs, made small, give the same loss; without dropout."""
-    parameters, tokens = jax.jit(lambda: init(TINY))(), random_tokens(TINY)
-    values = [float(jax.jit(loss)(parameters, tokens)) for loss in programs(TINY).values()]
+    operands = init(TINY), random_tokens(TINY)
+    lowered = [jax.jit(loss).lower(*operands) for loss in programs(TINY).values()]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = pool.map(lambda x: x.compile(compiler_options=CUBLAS), lowered)
+    values = [float(loss(*operands)) for loss in compiled]
     print("losses of a small model:", values, flush=True)
     return abs(values[0] - values[1]) < 0.01
 
@@ -228,6 +237,9 @@ def parse(argv=None):
     parser.add_argument("--dropout", type=float, default=0.0, help="of each branch; default: 0")
     parser.add_argument("--rounds", type=int, default=5, help="bursts of each program")
     parser.add_argument("--steps", type=int, default=4, help="steps of a burst")
+    parser.add_argument(
+        "--cublas", action="store_true", help="no products by Triton: compiles fast"
+    )
     parser.add_argument("--profile", action="store_true", help="one more step under the profiler")
     parser.add_argument("--out", default="", help="CSV to append to (default: by device)")
     return parser.parse_args(argv)
@@ -239,19 +251,21 @@ def main(argv=None) -> int:
     shape = dataclasses.replace(shape, batch=args.batch or shape.batch, dropout=args.dropout)
     args.device, args.now = evidence.device_name(), datetime.datetime.now(datetime.UTC)
     path = args.out or evidence.device_folder(args.device) / "fused_model.csv"
-    print(f"{args.device}: {shape.name()} -> {path}", flush=True)
+    title = shape.name() + (", products by cuBLAS" if args.cublas else "")
+    print(f"{args.device}: {title} -> {path}", flush=True)
     if not are_one_model():
         print("the programs are not the same model", file=sys.stderr)
         return 1
     tokens = random_tokens(shape)
-    state = model.first_state(functools.partial(init, shape))
-    steps = model.compiled_steps(programs(shape), state, tokens)
+    state = model.first_state(init(shape))
+    options = CUBLAS if args.cublas else None
+    steps = model.compiled_steps(programs(shape), state, tokens, options)
     state, seconds, last = model.time_steps(steps, state, tokens, args)
     profiles = model.profile_steps(steps, state, tokens) if args.profile else {}
     rows = []
     for name, step in steps.items():
         row = model.row_of(args, name, step, seconds[name], tokens)
-        row |= dict(model=shape.name(), program=name, loss=f"{last[name]:.4f}")
+        row |= dict(model=title, program=name, loss=f"{last[name]:.4f}")
         if name in profiles:
             row |= kinds_of(name, profiles[name])
         rows.append(row)

@@ -130,17 +130,18 @@ def step(loss, state, tokens):
     return (parameters, first, second, count), value
 
 
-def first_state(init):
-    """What `step` begins with, from init() -> parameters."""
-    return jax.jit(lambda: (p := init(), *(jax.tree.map(jnp.zeros_like, p),) * 2, jnp.zeros(())))()
+def first_state(parameters):
+    """What `step` begins with."""
+    zeros = (jax.tree.map(jnp.zeros_like, parameters) for _ in range(2))
+    return parameters, *zeros, jnp.zeros(())
 
 
-def compiled_steps(losses: dict, state, tokens) -> dict:
-    """Name -> `step` of each loss, compiled; the state is donated."""
+def compiled_steps(losses: dict, state, tokens, options=None) -> dict:
+    """Name -> `step` of each loss, compiled with these of XLA's options; the state is donated."""
 
     def compiled(loss):
         function = jax.jit(functools.partial(step, loss), donate_argnums=0)
-        return function.lower(state, tokens).compile()
+        return function.lower(state, tokens).compile(compiler_options=options)
 
     begin = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -269,7 +270,7 @@ def profile_by_kind(name: str, times: dict[str, list[float]]) -> dict[str, float
     print(f"{name}: one step, ms of device time")
     for kind, milliseconds in kinds.items():
         print(f"  {milliseconds:9.2f}  {kind}")
-    for kernel, launches in sorted(times.items(), key=lambda item: -sum(item[1]))[:12]:
+    for kernel, launches in sorted(times.items(), key=lambda item: -sum(item[1]))[:25]:
         each = statistics.median(launches) / 1e6
         print(f"    {sum(launches) / 1e6:9.2f} = {len(launches)} x {each:.3f}  {kernel[:100]}")
     return kinds
@@ -312,7 +313,7 @@ def main(argv=None) -> int:
 
     shape = (model.batch, model.seq + 1)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, model.vocabulary)
-    state = first_state(functools.partial(init, model, 0))
+    state = first_state(jax.jit(init, static_argnums=(0, 1))(model, 0))
     attends = {name: providers.PROVIDERS[name][1](workload(model)) for name in names}
     by_attention = {
         name: functools.partial(loss, model, attend) for name, attend in attends.items()

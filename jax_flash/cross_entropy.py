@@ -276,7 +276,7 @@ def linear_softmax_cross_entropy(
       {options}
       chunk_size: at most so many tokens a device has logits, or gradients of logits, of at once.
         Default: logits, in float32, take 2**28 bytes or what `weight` takes; their gradients, in
-        hidden's dtype, what the weight's gradient takes in float32.
+        hidden's dtype, 2**30 bytes or what the weight's gradient takes in float32.
 
     {returns}
     """

@@ -34,6 +34,8 @@ LINEAR = {
     "remainder": ((2, 7), 9, 64, 4, False, OPTIONS["all"]),
     "one_token_each": ((5,), 1, 2, 1, True, OPTIONS["smoothing"]),
     "one_chunk": ((3, 1, 5), 32, 131, None, True, OPTIONS["z_loss"]),
+    "long_rows": ((19,), 8, 9001, 8, True, OPTIONS["smoothing"]),  # one kernel in both directions
+    "longer_rows": ((7,), 8, 25003, None, False, OPTIONS["z_loss"]),
 }
 
 
@@ -76,7 +78,7 @@ def test_linear(implementation, dtype, case):
         helpers.assert_close(name, *values)
 
 
-MEANS = [("float32", case, r) for case, r in zip(LINEAR, ("mean", "sum") * 2, strict=True)]
+MEANS = [("float32", case, r) for case, r in zip(LINEAR, ("mean", "sum") * 3, strict=True)]
 MEANS += [("bfloat16", "remainder", "mean"), ("float16", "one_chunk", "sum")]
 
 
@@ -127,9 +129,10 @@ def test_linear_means_and_sums(implementation, dtype, case, reduction, of_lse):
 def test_groups_of_chunks(implementation, limit, monkeypatch):
     """Some groups, and one, of some chunks, by limits that do not divide the tokens."""
     monkeypatch.setattr(linear_ops, "_limit", lambda config, weight: limit)
+    monkeypatch.setattr(linear_ops, "_GROUP_BYTES", 16 * 4 * 31)
     (hidden, weight), labels = (normal(0, 83, 18), normal(1, 18, 31)), some_labels(2, (83,), 31)
     config = ops.CrossEntropyConfig(1.0, False)
-    assert linear_ops.groups(config, weight, 83) == ((10, 3, 3) if limit[1] == 1 else (6, 2, 8))
+    assert linear_ops.groups(config, weight, 83) == ((6, 3, 5) if limit[1] == 1 else (6, 2, 8))
     assert linear_ops.groups(config, weight, 15) == ((1, 3, 5) if limit[1] == 1 else (1, 2, 8))
     call = functools.partial(jax_flash.linear_softmax_cross_entropy, implementation=implementation)
 
@@ -242,7 +245,7 @@ def test_the_linear_form_never_holds_all_logits():
 
 
 def test_chunks_and_groups_are_bounded():
-    """Logits of a chunk: 256 MiB or what the weight has; their gradients: its gradient's sum."""
+    """Logits of a chunk: 256 MiB or what the weight has; their gradients: 1 GiB or its sum."""
     for chunk in (0, 1, 100, 5000):
         config = ops.CrossEntropyConfig(1.0, False, row_axes=1, chunk=chunk)
         for width, vocabulary in ((1, 1), (7, 997), (64, 1 << 24), (4096, 50257), (4096, 128256)):
@@ -255,5 +258,5 @@ def test_chunks_and_groups_are_bounded():
                 count, each, size = linear_ops.groups(config, weight, tokens)
                 assert (count - 1) * each * size < tokens <= count * each * size
                 assert size <= limit
-                assert each * size <= (chunk or max(limit, 2 * width) + 128 * each)
-                assert chunk or count > 1 or each * size < max(limit, 2 * width) + 128 * each
+                kept = max(limit, 2 * width, linear_ops._GROUP_BYTES // 2 // vocabulary)
+                assert each * size <= (chunk or kept + 128 * each)

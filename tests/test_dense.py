@@ -172,6 +172,24 @@ def test_one_device_has_one_axis_of_rows(shape, monkeypatch):
         assert f"bf16[{BATCH * ROWS},{HIDDEN}] = dot_general" in text
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu", "squared_relu"])
+def test_one_device_sums_a_bias_gradient_where_it_is_made(activation, monkeypatch):
+    """In bfloat16, so that XLA makes one pass of both; the numbers are those of the plain form."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    tensors = operands(jnp.bfloat16, activation)
+    call = functools.partial(jax_flash.mlp, activation=activation, implementation="xla")
+    check(call, functools.partial(plain_mlp, activation), tensors, jnp.bfloat16)
+    arrays = in_type(jnp.bfloat16, tensors)
+    cotangent = draw(9, jnp.bfloat16, BATCH, ROWS, OUTPUTS)
+    jaxpr = jax.make_jaxpr(functools.partial(with_gradients, call))(arrays, cotangent)
+    sums = [e for e in programs.equations(jaxpr) if e.primitive.name == "reduce_sum"]
+    found = {(e.outvars[0].aval.shape, e.invars[0].aval.dtype.name) for e in sums}
+    assert {s for s in found if len(s[0]) == 1} == {
+        ((HIDDEN,), "bfloat16"),
+        ((OUTPUTS,), "float32"),
+    }
+
+
 @pytest.mark.parametrize("approximate", [True, False])
 def test_dense_gelu(approximate):
     t = operands(jnp.float32, "gelu")

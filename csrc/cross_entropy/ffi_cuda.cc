@@ -26,8 +26,7 @@ ffi::Error gradients(cudaStream_t stream, const CallFrame& call) {
   ForwardParams forward;
   BackwardParams backward;
   JAX_FLASH_RETURN_IF_ERROR(decode_gradients(call, forward, backward));
-  JAX_FLASH_RETURN_IF_ERROR(to_error(launch_forward(forward, stream)));
-  return to_error(launch_backward(backward, stream));
+  return to_error(launch_gradients(forward, backward, stream));
 }
 
 JAX_FLASH_CUDA_HANDLER(forward, "jax_flash.cross_entropy_forward", 2, 3);

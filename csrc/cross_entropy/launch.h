@@ -11,5 +11,8 @@ namespace jax_flash::cross_entropy {
 // that lives forever. No size may be 0 but rows.
 const char* launch_forward(const ForwardParams& params, cudaStream_t stream);
 const char* launch_backward(const BackwardParams& params, cudaStream_t stream);
+// Both, of the same logits.
+const char* launch_gradients(const ForwardParams& forward, const BackwardParams& backward,
+                             cudaStream_t stream);
 
 }  // namespace jax_flash::cross_entropy

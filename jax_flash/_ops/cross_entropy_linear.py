@@ -14,8 +14,8 @@ Each is a loop over chunks of tokens, whose logits, float32, exist at once: 256 
 much as the weight. Gradients of logits, in the operands' type, are kept for a group of chunks,
 since with each group the sum of the weight's gradient, float32, is read and written, and that chunk
 by chunk would take longer than the products. There is one group where that takes no more memory
-than the sum, which then does not exist. The products are XLA's; what becomes of a chunk's logits is
-jnp or, on CUDA, the kernels of logits.
+than the sum, which then does not exist, or than 1 GiB. The products are XLA's; what becomes of a
+chunk's logits is jnp or, on CUDA, the kernels of logits.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from jax_flash._ops.cross_entropy import IGNORED
 
 _CHUNK_LOGITS = 1 << 26  # logits at once: 256 MiB
 _CHUNK_MULTIPLE = 128  # tokens: whole tiles of a matmul
+_UNROLLED = 16  # chunks of a group that are no loop, on CUDA
+_GROUP_BYTES = 1 << 30  # of gradients of logits that may be kept, however small the weight
 
 
 # Shapes and devices -------------------------------------------------------------------------------
@@ -174,10 +176,12 @@ def groups(config, weight, tokens: int) -> tuple[int, int, int]:
     """(groups, chunks in each, tokens in each of those)."""
     limit, multiple = _limit(config, weight)
     most = config.chunk or tokens
-    if most * weight.dtype.itemsize > 4 * weight.shape[0]:
+    columns, row = weight.shape[0], weight.shape[1] * weight.dtype.itemsize
+    if most * row > max(4 * weight.size, _GROUP_BYTES):
         # dlogits take more than the sum of the weight's gradient: a half of it, and that.
-        most = config.chunk or max(limit, 2 * weight.shape[0] // weight.dtype.itemsize)
-    group = -(-tokens // -(-tokens // most))
+        half = max(2 * columns // weight.dtype.itemsize, _GROUP_BYTES // row)
+        most = config.chunk or max(limit, half // multiple * multiple)
+    group = -(-tokens // (-(-tokens // most) * multiple)) * multiple
     each, size = _cut(group, limit, multiple)
     return -(-tokens // (each * size)), each, size
 
@@ -352,7 +356,9 @@ def _kernel_of_weights(config, logits_of, hidden, labels, row_weights):
     first = [x[None] for x in first]
     if count == 1:
         return first, dlogits
-    dlogits, later = jax.lax.scan(step, dlogits, tuple(x[1:] for x in chunks))
+    # A loop would have a transposed weight, such as an embedding, copied first.
+    unroll = count <= _UNROLLED
+    dlogits, later = jax.lax.scan(step, dlogits, tuple(x[1:] for x in chunks), unroll=unroll)
     return [jnp.concatenate(x) for x in zip(first, later, strict=True)], dlogits
 
 

@@ -45,8 +45,9 @@ enum PreferenceAttribute : int {
   kMinAlignmentC = 7,
   kMinAlignmentD = 8,
 };
-inline constexpr int kClusterShape = 8;     // an attribute of an algorithm, uint16_t
-inline constexpr uint16_t kCluster1x2 = 5;  // one of its values
+enum AlgorithmAttribute : int { kTile = 1, kClusterShape = 8 };  // uint32_t, uint16_t
+inline constexpr uint32_t kTile128x128 = 20, kTile128x160 = 29;
+inline constexpr uint16_t kCluster2x1 = 3, kCluster1x2 = 5;
 
 struct Algorithm {
   uint64_t data[8];

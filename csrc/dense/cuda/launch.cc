@@ -87,9 +87,28 @@ struct Product {
   Owner<Layout> a, b, d;
 };
 
-// cuBLASLt's first choice; for the gradient its first with clusters of 1 x 2, which is within 2% of
-// the best of its eight at eight shapes on an H200, and the first choice up to 1.6 times slower
-// (docs/kernels/dense.md).
+// How early a suggestion of cuBLASLt should be tried, for a kind of product whose first one is
+// slow; kNever: not before the first one. Of all eight at ten shapes on an H200 (2026-11-28,
+// docs/kernels/dense.md) these are the fastest, or within 4% of it, and the first ones up to 1.3
+// times slower.
+constexpr int kNever = 2;
+
+int rank(const Library& lt, const Algorithm& algorithm, const Params& p) {
+  const auto get = [&](AlgorithmAttribute attribute, auto value) {
+    size_t written = 0;
+    lt.algorithm_get(&algorithm, attribute, &value, sizeof(value), &written);
+    return value;
+  };
+  if (!p.is_forward) {
+    if (p.rows < 2048) return kNever;  // 512 rows: the first one, by 1.2
+    const uint16_t cluster = get(kClusterShape, uint16_t{0});
+    return cluster == kCluster1x2 || cluster == kCluster2x1 ? 0 : kNever;
+  }
+  if (p.pre != nullptr) return kNever;
+  const uint32_t tile = get(kTile, uint32_t{0});
+  return tile == kTile128x128 ? 0 : tile == kTile128x160 ? 1 : kNever;
+}
+
 bool choose(const Library& lt, Handle handle, const Product& product, const Params& p,
             Algorithm& chosen) {
   Owner<Preference> preference(lt.preference_destroy);
@@ -110,13 +129,12 @@ bool choose(const Library& lt, Handle handle, const Product& product, const Para
                                       product.b.object, product.d.object, product.d.object,
                                       preference.object, kMaxHeuristics, found, &count);
   if (status != 0 || count == 0) return false;
-  chosen = found[0].algorithm;
-  for (int i = count - 1; i >= 0 && !p.is_forward; --i) {
-    uint16_t cluster = 0;
-    size_t written = 0;
-    lt.algorithm_get(&found[i].algorithm, kClusterShape, &cluster, sizeof(cluster), &written);
-    if (cluster == kCluster1x2) chosen = found[i].algorithm;
+  int best = 0, best_rank = kNever;
+  for (int i = 0; i < count; ++i) {
+    const int own = rank(lt, found[i].algorithm, p);
+    if (own < best_rank) best = i, best_rank = own;
   }
+  chosen = found[best].algorithm;
   return true;
 }
 

@@ -1,0 +1,137 @@
+// Statistics of each row and the gradient of sum(row_weights * loss), in one kernel: the gradient's
+// pass over the row finds it in the L2 cache, where the statistics' pass has just put it. Logits
+// are float32, those of the linear form, and scale is not negative; the formulas are forward.cuh's
+// and backward.cuh's.
+#pragma once
+
+#include "cross_entropy/cuda/backward.cuh"
+#include "cross_entropy/cuda/forward.cuh"
+
+namespace jax_flash::cross_entropy {
+
+template <typename Result, bool kTotal, int kThreads, int kUnroll, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    gradients_kernel(const __grid_constant__ ForwardParams f,
+                     const __grid_constant__ BackwardParams p) {
+  using Sum = ExpSum<false>;
+  constexpr int kSize = 4, kWarps = kThreads / 32;
+  using ResultVector = device::Vector<Result, kSize>;
+  __shared__ float warp_references[kWarps], warp_sums[kWarps], warp_totals[kWarps];
+
+  const int64_t row = blockIdx.x, first = row * f.vocabulary;
+  const float* logits = static_cast<const float*>(f.logits) + first;
+  Result* dlogits = static_cast<Result*>(p.dlogits) + first_result_row(p) * f.vocabulary + first;
+  const Columns<kSize> columns(first, f.vocabulary);
+  const int thread = threadIdx.x, lane = thread % 32;
+  const float factor = f.scale * kLog2e;
+  const int32_t label = f.labels[row];
+  const bool is_class = label >= 0 && label < f.vocabulary;
+
+  // Statistics. Tiles of kUnroll vectors a thread: the next one is on its way while this one is
+  // summed. What lies outside of the row adds nothing.
+  float lse = INFINITY;
+  if (label != kIgnored) {
+    const float4* source = reinterpret_cast<const float4*>(logits + columns.origin) + thread;
+    float4 next[kUnroll];
+    const auto load = [&](int i) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        next[u] = {Sum::kNothing, Sum::kNothing, Sum::kNothing, Sum::kNothing};
+        if (columns.has(i + u * kThreads)) next[u] = __ldcg(source + u * kThreads);
+      }
+      source += kUnroll * kThreads;
+    };
+    load(thread);
+    const float label_logit = thread == 0 && is_class ? logits[label] : 0.0f;
+    Sum exp_sum;
+    float total = 0.0f;
+    const auto take_one = [&](int column) {
+      const float x[1][1] = {{column < 0 ? Sum::kNothing : logits[column]}};
+      if (kTotal && column >= 0) total += x[0][0];
+      exp_sum.add(x, factor);
+    };
+    take_one(columns.head_column(thread));
+    take_one(columns.tail_column(thread));
+    for (int i = thread; i < columns.end; i += kUnroll * kThreads) {
+      float x[kUnroll][kSize];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        x[u][0] = next[u].x, x[u][1] = next[u].y, x[u][2] = next[u].z, x[u][3] = next[u].w;
+      }
+      load(i + kUnroll * kThreads);
+      exp_sum.add(x, factor);
+      if (kTotal) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          if (columns.has(i + u * kThreads)) total += (x[u][0] + x[u][1]) + (x[u][2] + x[u][3]);
+        }
+      }
+    }
+    const device::Lanes<32> lanes;
+    exp_sum.combine(lanes, factor);
+    if (kTotal) total = lanes.sum(total);
+    if (lane == 0) {
+      warp_references[thread / 32] = exp_sum.reference;
+      warp_sums[thread / 32] = exp_sum.sum;
+      warp_totals[thread / 32] = total;
+    }
+    __syncthreads();  // every warp reads what all have written
+    exp_sum.reference = lane < kWarps ? warp_references[lane] : Sum::kLowest;
+    exp_sum.sum = lane < kWarps ? warp_sums[lane] : 0.0f;
+    exp_sum.combine(lanes, factor);
+    lse = fmaf(exp_sum.reference, f.scale, logf(exp_sum.sum));
+    if (thread < 32 && kTotal) total = lanes.sum(lane < kWarps ? warp_totals[lane] : 0.0f);
+    if (thread == 0) {
+      f.label_logit[row] = label_logit * f.scale;
+      if (kTotal) f.total[row] = total * f.scale;
+    }
+  } else if (thread == 0) {
+    f.label_logit[row] = 0.0f;
+    if (kTotal) f.total[row] = 0.0f;
+  }
+  if (thread == 0) f.lse[row] = lse;
+
+  // Gradient.
+  const float scale = p.scale;
+  const Cotangents d = cotangents_of(p, row, lse);
+  const float slope = scale * d.dlse, constant = scale * d.dtotal;
+  const bool reads = d.dlse != 0.0f;
+  const auto dlogit = [&](float x) {
+    const float shift = fmaf(x, scale, -lse);  // first: exp(0) is 1 however large the logits are
+    return fmaf(slope, ptx::exp2_approx(shift * kLog2e), constant);
+  };
+  const auto put_one = [&](int column) {
+    if (column < 0) return;
+    dlogits[column] = device::from_float<Result>(reads ? dlogit(logits[column]) : constant);
+  };
+  put_one(columns.head_column(thread));
+  put_one(columns.tail_column(thread));
+  const float4* source = reinterpret_cast<const float4*>(logits + columns.origin) + thread;
+  ResultVector* target = reinterpret_cast<ResultVector*>(dlogits + columns.origin) + thread;
+  for (int i = thread; i < columns.end; i += kUnroll * kThreads) {
+    float4 words[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (reads && columns.has(i + u * kThreads)) words[u] = __ldcs(source + u * kThreads);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (!columns.has(i + u * kThreads)) continue;
+      const float x[kSize] = {words[u].x, words[u].y, words[u].z, words[u].w};
+      ResultVector out;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        out.at[j] = device::from_float<Result>(reads ? dlogit(x[j]) : constant);
+      }
+      target[u * kThreads] = out;
+    }
+    source += kUnroll * kThreads;
+    target += kUnroll * kThreads;
+  }
+  if (is_class && thread == columns.owner(label, kThreads)) {
+    const float others = reads ? dlogit(logits[label]) : constant;
+    dlogits[label] = device::from_float<Result>(fmaf(scale, d.dlabel, others));
+  }
+}
+
+}  // namespace jax_flash::cross_entropy
