@@ -57,9 +57,12 @@ def jax_flash_call(workload: Workload, implementation: str | None) -> Callable:
             return jax_flash.scaled_causal_softmax(scores, scale=SCALE, **chosen)
         return jax_flash.scaled_masked_softmax(scores, *mask, scale=SCALE, **chosen)
 
-    def rotary(q, k, cos, sin):
+    def rotary(*operands):
+        *arrays, cos, sin = operands
         table = jax_flash.RotaryTable(cos, sin, interleaved=workload.kind == "interleaved")
-        return tuple(jax_flash.apply_rotary(x, table, **chosen) for x in (q, k))
+        if workload.is_packed:
+            return jax_flash.apply_rotary_qkvpacked(*arrays, table, **chosen)
+        return tuple(jax_flash.apply_rotary(x, table, **chosen) for x in arrays)
 
     calls = dict(norm=norm, cross_entropy=cross_entropy, softmax=softmax, rotary=rotary)
     calls["linear_cross_entropy"] = linear_cross_entropy
@@ -116,7 +119,15 @@ def xla_call(workload: Workload) -> Callable:
 
     calls = dict(norm=norm, cross_entropy=cross_entropy, softmax=softmax, dense_gelu=dense_gelu)
     calls["linear_cross_entropy"] = lambda x, weight, labels: cross_entropy(x @ weight, labels)
-    calls["rotary"] = lambda q, k, cos, sin: (turned(q, cos, sin), turned(k, cos, sin))
+
+    def rotary(*operands):
+        *arrays, cos, sin = operands
+        if workload.is_packed:
+            q, k, v = jnp.moveaxis(arrays[0], -3, 0)
+            return jnp.stack([turned(q, cos, sin), turned(k, cos, sin), v], -3)
+        return tuple(turned(x, cos, sin) for x in arrays)
+
+    calls["rotary"] = rotary
     calls["mlp"] = lambda x, w1, b1, w2, b2: dense_gelu(x, w1, b1) @ w2 + b2
     return calls[workload.operator]
 
@@ -178,7 +189,15 @@ def torch_compile_call(workload: Workload) -> Callable:
 
     calls = dict(norm=norm, cross_entropy=cross_entropy, softmax=softmax, dense_gelu=dense_gelu)
     calls["linear_cross_entropy"] = lambda x, weight, labels: cross_entropy(x @ weight, labels)
-    calls["rotary"] = lambda q, k, cos, sin: (turned(q, cos, sin), turned(k, cos, sin))
+
+    def rotary(*operands):
+        *arrays, cos, sin = operands
+        if workload.is_packed:
+            q, k, v = arrays[0].unbind(-3)
+            return torch.stack([turned(q, cos, sin), turned(k, cos, sin), v], -3)
+        return tuple(turned(x, cos, sin) for x in arrays)
+
+    calls["rotary"] = rotary
     calls["mlp"] = lambda x, w1, b1, w2, b2: torch.addmm(b2, dense_gelu(x, w1, b1), w2)
     return torch.compile(calls[workload.operator], dynamic=False)
 
@@ -252,21 +271,22 @@ def prepare(provider: str, workload: Workload, data: Data) -> dict[str, Callable
         return providers.prepare_torch(call, *operands)
     makers = providers.prepare_jax(call, *operands, compiled=repeated(workload))
     if workload.in_place:
-        makers["backward"] = providers.prepare_jax(call, *operands, compiled=InPlace)["backward"]
+        in_place = providers.prepare_jax(call, *operands, compiled=repeated(workload, InPlace))
+        makers |= {direction: in_place[direction] for direction in workload.in_place}
     return makers
 
 
-def repeated(workload: Workload) -> Callable:
+def repeated(workload: Workload, compiled_with: Callable = providers.compiled_with) -> Callable:
     """Makes jitted calls that run the operator as often as the workload says."""
     calls = workload.calls
 
     def compiled(function, *args):
         sets = [args, *(jax.tree.map(jnp.copy, args) for _ in range(calls - 1))]
-        run = providers.compiled_with(lambda sets: [function(*args) for args in sets], sets)
+        run = compiled_with(lambda sets: [function(*args) for args in sets], sets)
         run.calls = calls
         return run
 
-    return compiled if calls > 1 else providers.compiled_with
+    return compiled if calls > 1 else compiled_with
 
 
 class InPlace:
@@ -284,6 +304,7 @@ class InPlace:
         for result in results:
             fits = [i for i, x in enumerate(leaves) if i not in given and _alike(x, result)]
             given += fits[-1:]
+        given.sort()  # JAX gives the first result the first that fits: of several calls, its own
         kept = [i for i in range(len(leaves)) if i not in given]
 
         def call(given_leaves, kept_leaves):
