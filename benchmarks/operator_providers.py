@@ -15,7 +15,7 @@ from benchmarks import providers
 from benchmarks.operator_workloads import EPSILON, SCALE, SMOOTHING, Data, Workload
 from benchmarks.providers import Unsupported
 
-_POOL_BYTES = 24 << 30  # of arguments that launches use up, made before a burst
+_POOL_SHARE = 0.5  # of the device's memory: arguments that launches use up, made before a burst
 
 
 def _norm_operands(workload: Workload, operands):
@@ -59,10 +59,14 @@ def jax_flash_call(workload: Workload, implementation: str | None) -> Callable:
 
     def rotary(*operands):
         *arrays, cos, sin = operands
-        table = jax_flash.RotaryTable(cos, sin, interleaved=workload.kind == "interleaved")
+        interleaved = workload.kind == "interleaved"
         if workload.is_packed:
+            table = jax_flash.RotaryTable(cos, sin, interleaved=interleaved)
             return jax_flash.apply_rotary_qkvpacked(*arrays, table, **chosen)
-        return tuple(jax_flash.apply_rotary(x, table, **chosen) for x in arrays)
+        from jax_flash import nnx  # the layer turns queries and keys in one call
+
+        layer = nnx.RotaryEmbedding(2 * cos.shape[-1], interleaved=interleaved, **chosen)
+        return layer(*arrays)
 
     calls = dict(norm=norm, cross_entropy=cross_entropy, softmax=softmax, rotary=rotary)
     calls["linear_cross_entropy"] = linear_cross_entropy
@@ -319,7 +323,8 @@ class InPlace:
     def refill(self, launches: int) -> int:
         """Copies for as many launches as wanted, or as fit; returns how many."""
         size = sum(x.nbytes for x in self._given)
-        launches = max(1, min(launches, _POOL_BYTES // max(size, 1)))
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 8 << 30)
+        launches = max(1, min(launches, int(_POOL_SHARE * limit) // max(size, 1)))
         self._copies = [[jnp.copy(x) for x in self._given] for _ in range(launches)]
         jax.block_until_ready(self._copies)
         return launches

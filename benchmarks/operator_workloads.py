@@ -128,7 +128,8 @@ class Workload:
             constants = (masked,) if self.kind == "masked" else ()
             return Data((normal(*self.shape),), constants, normal(*self.shape))
         if self.operator == "rotary":
-            angle = jax.random.uniform(next(seeds), (self.shape[1], self.shape[3] // 2)) * 6
+            frequencies = 10000.0 ** (-jnp.arange(0, self.shape[3], 2) / self.shape[3])
+            angle = jnp.arange(self.shape[1])[:, None] * frequencies  # as the layer has them
             tables = jnp.cos(angle), jnp.sin(angle)
             if self.is_packed:
                 qkv = self.shape[:2] + (3,) + self.shape[2:]
