@@ -36,8 +36,7 @@ _ROTARY_OPTIONS = """positions: int [T] or [*B, T] (or 1 on any batch axis): the
       conjugate: turn back: the inverse, where the table has no xPos scale, and always the
         transpose.
       implementation: None picks by platform when the program is lowered: "cuda", kernels for NVIDIA
-        GPUs, for interleaved tables and for packed arrays, or else "xla", compiled from jnp, which
-        is the faster one for halves. Naming one that is not there raises.
+        GPUs, or else "xla", compiled from jnp. Naming one that is not there raises.
 
     Rows at negative positions, and rows that no sequence owns, are copied. Where a position is
     known to be beyond the table, the call raises; where only the device knows, what would be turned

@@ -149,11 +149,6 @@ def _refuse(config, x, *rest) -> str | None:
     return _register.refusal("cuda", x.dtype)
 
 
-def _slower(config, *operands) -> bool:
-    """H200, bf16, 4 x 4096 x 32 x 128: q and k 134 us and two launches for XLA's 133 (half)."""
-    return not config.interleaved and not config.packed
-
-
 def _call(target, signature, results, operands, **options):
     """One custom call of arrays [*B, ...] that are as large as `results`, then the places."""
     count = len(results)
@@ -199,7 +194,7 @@ rotary = Op(
     "rotary",
     signature=_signature,
     results=_results,
-    native={"cuda": Implementation("cuda", _kernel, _refuse, _slower)},
+    native={"cuda": Implementation("cuda", _kernel, _refuse)},
     xla=Implementation("xla", rotate),
 )
 rotary_pair = Op(

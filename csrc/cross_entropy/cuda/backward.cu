@@ -13,24 +13,26 @@ void launch_rows(const BackwardParams& p, cudaStream_t stream) {
   backward_kernel<Element, Result, kThreads, 4><<<shape.blocks, shape.threads, 0, stream>>>(p);
 }
 
-template <typename Element, typename Result>
+template <typename Element, typename Result, bool kEager>
 void launch_parts(const BackwardParams& p, cudaStream_t stream) {
   const int64_t parts = parts_of_row<16 / sizeof(Element)>(p.vocabulary);
   const unsigned blocks = static_cast<unsigned>(p.rows * parts);
-  backward_parts_kernel<Element, Result>
+  backward_parts_kernel<Element, Result, kEager>
       <<<blocks, kPartThreads, 0, stream>>>(p, device::Divisor(parts));
 }
 
-// From 2000 bytes by parts: H200, in place, 1000 classes in bf16 3910 GB/s for 3359 by a warp, 4099
-// 4039 for 3746, 16384 4226 for 3947; a row of 1 KiB would leave most of a block without work.
+// H200, in place, bf16: 1000 classes 3910 GB/s by parts for 3359 by a warp, 4099 4039 for 3746,
+// 16384 4223 for 3947 (all eager); a row of 1 KiB would leave most of a block without work.
 template <typename Element, typename Result>
 void launch(const BackwardParams& p, cudaStream_t stream) {
   if (row_bytes(p) <= 512) {
     launch_rows<Element, Result, 8>(p, stream);
   } else if (row_bytes(p) < 2000) {
     launch_rows<Element, Result, 32>(p, stream);
+  } else if (row_bytes(p) <= 32 << 10) {
+    launch_parts<Element, Result, true>(p, stream);
   } else {
-    launch_parts<Element, Result>(p, stream);
+    launch_parts<Element, Result, false>(p, stream);
   }
 }
 

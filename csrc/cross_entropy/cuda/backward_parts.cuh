@@ -1,7 +1,7 @@
 // The backward of rows that fill blocks: a row is `by_parts` blocks, a thread has two vectors of it
-// and is done. A warp's vectors follow each other, so that the blocks of an SM move through memory
-// one after the other: loops over a row by 512 or 1024 threads, each load of them 8 or 16 KiB from
-// the last, were 2 to 6% slower (docs/kernels/cross_entropy.md).
+// and is done. A warp's vectors follow each other, and blocks that start one after the other go
+// through memory one after the other: loops over a row by 512 or 1024 threads, each load of them 8
+// or 16 KiB from the last, were 1 to 6% slower (docs/kernels/cross_entropy.md).
 #pragma once
 
 #include "cross_entropy/cuda/backward.cuh"
@@ -21,8 +21,10 @@ int64_t parts_of_row(int64_t vocabulary) {
   return (columns + of_part - 1) / of_part;
 }
 
-template <typename Element, typename Result>
-__global__ void __launch_bounds__(kPartThreads, 12)
+// kEager: vectors are loaded before it is known whether the row has dlse. Where few blocks share a
+// row, dlse comes from L2 and is worth no waiting; else L1 has it, and a row without is not read.
+template <typename Element, typename Result, bool kEager>
+__global__ void __launch_bounds__(kPartThreads, 2048 / kPartThreads)
     backward_parts_kernel(const __grid_constant__ BackwardParams p,
                           const __grid_constant__ device::Divisor by_parts) {
   constexpr int kSize = 16 / sizeof(Element);
@@ -37,17 +39,19 @@ __global__ void __launch_bounds__(kPartThreads, 12)
   const int thread = threadIdx.x, lane = thread % 32;
   const int vector = (part * kPartThreads + thread - lane) * kPartVectors + lane;
 
-  // Before anything is known of the row: of a thread that has so little to do, most of the time is
-  // this wait, and after another one (for dlse) it takes 10% longer.
   const uint4* source = reinterpret_cast<const uint4*>(logits + columns.origin) + vector;
   uint4 words[kPartVectors];
+  const auto load = [&] {
 #pragma unroll
-  for (int u = 0; u < kPartVectors; ++u) {
-    if (columns.has(vector + 32 * u)) words[u] = source[32 * u];
-  }
+    for (int u = 0; u < kPartVectors; ++u) {
+      if (columns.has(vector + 32 * u)) words[u] = source[32 * u];
+    }
+  };
+  if (kEager) load();
   const float lse = p.lse[row];
   const Cotangents d = cotangents_of(p, row, lse);
   const Gradient gradient(p, d, lse);
+  if (!kEager && gradient.reads) load();
   const int32_t label = p.labels[row];  // of no column where it is no class
   const float of_label = p.scale * d.dlabel;
 
