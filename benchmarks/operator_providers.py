@@ -15,7 +15,7 @@ from benchmarks import providers
 from benchmarks.operator_workloads import EPSILON, SCALE, SMOOTHING, Data, Workload
 from benchmarks.providers import Unsupported
 
-_POOL_BYTES = 24 << 30  # of arguments that launches use up, made before a burst
+_POOL_SHARE = 0.5  # of the device's memory: arguments that launches use up, made before a burst
 
 
 def _norm_operands(workload: Workload, operands):
@@ -57,9 +57,16 @@ def jax_flash_call(workload: Workload, implementation: str | None) -> Callable:
             return jax_flash.scaled_causal_softmax(scores, scale=SCALE, **chosen)
         return jax_flash.scaled_masked_softmax(scores, *mask, scale=SCALE, **chosen)
 
-    def rotary(q, k, cos, sin):
-        table = jax_flash.RotaryTable(cos, sin, interleaved=workload.kind == "interleaved")
-        return tuple(jax_flash.apply_rotary(x, table, **chosen) for x in (q, k))
+    def rotary(*operands):
+        *arrays, cos, sin = operands
+        interleaved = workload.kind == "interleaved"
+        if workload.is_packed:
+            table = jax_flash.RotaryTable(cos, sin, interleaved=interleaved)
+            return jax_flash.apply_rotary_qkvpacked(*arrays, table, **chosen)
+        from jax_flash import nnx  # the layer turns queries and keys in one call
+
+        layer = nnx.RotaryEmbedding(2 * cos.shape[-1], interleaved=interleaved, **chosen)
+        return layer(*arrays)
 
     calls = dict(norm=norm, cross_entropy=cross_entropy, softmax=softmax, rotary=rotary)
     calls["linear_cross_entropy"] = linear_cross_entropy
@@ -116,7 +123,15 @@ def xla_call(workload: Workload) -> Callable:
 
     calls = dict(norm=norm, cross_entropy=cross_entropy, softmax=softmax, dense_gelu=dense_gelu)
     calls["linear_cross_entropy"] = lambda x, weight, labels: cross_entropy(x @ weight, labels)
-    calls["rotary"] = lambda q, k, cos, sin: (turned(q, cos, sin), turned(k, cos, sin))
+
+    def rotary(*operands):
+        *arrays, cos, sin = operands
+        if workload.is_packed:
+            q, k, v = jnp.moveaxis(arrays[0], -3, 0)
+            return jnp.stack([turned(q, cos, sin), turned(k, cos, sin), v], -3)
+        return tuple(turned(x, cos, sin) for x in arrays)
+
+    calls["rotary"] = rotary
     calls["mlp"] = lambda x, w1, b1, w2, b2: dense_gelu(x, w1, b1) @ w2 + b2
     return calls[workload.operator]
 
@@ -178,7 +193,15 @@ def torch_compile_call(workload: Workload) -> Callable:
 
     calls = dict(norm=norm, cross_entropy=cross_entropy, softmax=softmax, dense_gelu=dense_gelu)
     calls["linear_cross_entropy"] = lambda x, weight, labels: cross_entropy(x @ weight, labels)
-    calls["rotary"] = lambda q, k, cos, sin: (turned(q, cos, sin), turned(k, cos, sin))
+
+    def rotary(*operands):
+        *arrays, cos, sin = operands
+        if workload.is_packed:
+            q, k, v = arrays[0].unbind(-3)
+            return torch.stack([turned(q, cos, sin), turned(k, cos, sin), v], -3)
+        return tuple(turned(x, cos, sin) for x in arrays)
+
+    calls["rotary"] = rotary
     calls["mlp"] = lambda x, w1, b1, w2, b2: torch.addmm(b2, dense_gelu(x, w1, b1), w2)
     return torch.compile(calls[workload.operator], dynamic=False)
 
@@ -252,21 +275,22 @@ def prepare(provider: str, workload: Workload, data: Data) -> dict[str, Callable
         return providers.prepare_torch(call, *operands)
     makers = providers.prepare_jax(call, *operands, compiled=repeated(workload))
     if workload.in_place:
-        makers["backward"] = providers.prepare_jax(call, *operands, compiled=InPlace)["backward"]
+        in_place = providers.prepare_jax(call, *operands, compiled=repeated(workload, InPlace))
+        makers |= {direction: in_place[direction] for direction in workload.in_place}
     return makers
 
 
-def repeated(workload: Workload) -> Callable:
+def repeated(workload: Workload, compiled_with: Callable = providers.compiled_with) -> Callable:
     """Makes jitted calls that run the operator as often as the workload says."""
     calls = workload.calls
 
     def compiled(function, *args):
         sets = [args, *(jax.tree.map(jnp.copy, args) for _ in range(calls - 1))]
-        run = providers.compiled_with(lambda sets: [function(*args) for args in sets], sets)
+        run = compiled_with(lambda sets: [function(*args) for args in sets], sets)
         run.calls = calls
         return run
 
-    return compiled if calls > 1 else providers.compiled_with
+    return compiled if calls > 1 else compiled_with
 
 
 class InPlace:
@@ -284,6 +308,7 @@ class InPlace:
         for result in results:
             fits = [i for i, x in enumerate(leaves) if i not in given and _alike(x, result)]
             given += fits[-1:]
+        given.sort()  # JAX gives the first result the first that fits: of several calls, its own
         kept = [i for i in range(len(leaves)) if i not in given]
 
         def call(given_leaves, kept_leaves):
@@ -298,7 +323,8 @@ class InPlace:
     def refill(self, launches: int) -> int:
         """Copies for as many launches as wanted, or as fit; returns how many."""
         size = sum(x.nbytes for x in self._given)
-        launches = max(1, min(launches, _POOL_BYTES // max(size, 1)))
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 8 << 30)
+        launches = max(1, min(launches, int(_POOL_SHARE * limit) // max(size, 1)))
         self._copies = [[jnp.copy(x) for x in self._given] for _ in range(launches)]
         jax.block_until_ready(self._copies)
         return launches

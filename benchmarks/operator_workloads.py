@@ -33,7 +33,8 @@ class Workload:
 
     shape: norm [rows, width]; cross_entropy [rows, vocabulary]; linear_cross_entropy [rows, width,
     vocabulary]; softmax [batch, heads, rows, columns]; rotary [batch, rows, heads, head dim] of
-    queries and of keys; dense_gelu and mlp [rows, width, inner width].
+    queries and of keys, which may be packed with values; dense_gelu and mlp [rows, width, inner
+    width].
     """
 
     name: str
@@ -52,9 +53,16 @@ class Workload:
         return self.name.split("/")[1]
 
     @property
-    def in_place(self) -> bool:
-        """Whether the backward may write its result over an operand, which it then uses up."""
-        return self.operator in ("cross_entropy", "softmax")
+    def is_packed(self) -> bool:
+        """rotary: of queries and keys inside qkv."""
+        return self.name.endswith("/packed")
+
+    @property
+    def in_place(self) -> tuple[str, ...]:
+        """Directions that may write their result over an operand, which they then use up."""
+        if self.is_packed:
+            return DIRECTIONS
+        return ("backward",) if self.operator in ("cross_entropy", "softmax") else ()
 
     def small(self) -> Workload:
         """The same call at a size for tests."""
@@ -73,6 +81,7 @@ class Workload:
         mask = self.shape[0] * self.shape[-1] * self.shape[-2] if self.kind == "masked" else 0
         # norm: x, residual -> z, s; dz, ds, s -> dx, and the residual's gradient where it differs.
         # cross_entropy: logits; logits -> dlogits. softmax: scores, mask -> P; P, dP -> dscores.
+        # rotary: q, k -> q, k; packed as well, as values stay where they are.
         counts = {
             "norm": (4 * one, (5 if self.dropout_rate else 4) * one),
             "cross_entropy": (one, 2 * one),
@@ -119,9 +128,14 @@ class Workload:
             constants = (masked,) if self.kind == "masked" else ()
             return Data((normal(*self.shape),), constants, normal(*self.shape))
         if self.operator == "rotary":
-            angle = jax.random.uniform(next(seeds), (self.shape[1], self.shape[3] // 2)) * 6
+            frequencies = 10000.0 ** (-jnp.arange(0, self.shape[3], 2) / self.shape[3])
+            angle = jnp.arange(self.shape[1])[:, None] * frequencies  # as the layer has them
+            tables = jnp.cos(angle), jnp.sin(angle)
+            if self.is_packed:
+                qkv = self.shape[:2] + (3,) + self.shape[2:]
+                return Data((normal(*qkv),), tables, normal(*qkv))
             arrays = [normal(*self.shape) for _ in range(4)]
-            return Data(tuple(arrays[:2]), (jnp.cos(angle), jnp.sin(angle)), tuple(arrays[2:]))
+            return Data(tuple(arrays[:2]), tables, tuple(arrays[2:]))
         rows, width, inner = self.shape
         layer = normal(rows, width), normal(width, inner, scale=0.02), normal(inner)
         if self.operator == "dense_gelu":
@@ -149,7 +163,8 @@ def _all() -> list[Workload]:
         Workload(f"softmax/{kind}/2048", (4, 16, 2048, 2048)) for kind in ("masked", "causal")
     ]
     for kind in ("half", "interleaved"):
-        found.append(Workload(f"rotary/{kind}/128", (4, 4096, 32, 128), calls=2))
+        for form in ("", "/packed"):
+            found.append(Workload(f"rotary/{kind}/128{form}", (4, 4096, 32, 128), calls=2))
     found.append(Workload("linear_cross_entropy/bf16/128256", (8192, 4096, 128256)))
     found.append(Workload("dense_gelu/bf16/4096x16384", (16384, 4096, 16384)))
     found.append(Workload("mlp/bf16/4096x16384", (16384, 4096, 16384)))

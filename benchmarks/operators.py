@@ -8,7 +8,8 @@ Clock and options are those of benchmarks.run (benchmarks/clock.py). Rows have G
 bytes that the operator must move, or TFLOP/s, and stand beside the device's copy and its product of
 matrices in the same run. Operators of less than half a gigabyte run several times in a launch, on
 arrays of their own. The backward is timed alone, from what the forward saved; where it may write
-its result over that or over the cotangent, a launch is given copies to use up. For plain jnp
+its result over that or over the cotangent, a launch is given copies to use up; so is packed rotary
+in both directions. Rotary of queries and keys is the layer's, which turns both. For plain jnp
 ("xla") it is the time of forward and backward in one program less that of the forward.
 """
 

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jax_flash._attention import refuse
 from jax_flash._ops.dense import affine
 from jax_flash.attention import attention, attention_kvpacked, attention_qkvpacked
-from jax_flash.rotary import RotaryTable, apply_rotary, apply_rotary_qkvpacked
+from jax_flash.rotary import RotaryTable, apply_rotary, apply_rotary_qkvpacked, rotate_pair
 from jax_flash.varlen import (
     varlen_attention,
     varlen_attention_kvpacked,
@@ -289,8 +289,8 @@ def rotate(
         return query, key
     if not isinstance(rotary, RotaryTable):
         return rotary(query, key, **places)
-    places = places | dict(implementation=_table_implementation(implementation))
-    return apply_rotary(query, rotary, **places), apply_rotary(key, rotary, is_key=True, **places)
+    implementation = _table_implementation(implementation)
+    return rotate_pair(query, key, rotary, implementation=implementation, **places)
 
 
 def rotate_packed(
@@ -361,8 +361,9 @@ class RotaryCalls:
         options |= dict(implementation=self.implementation)
         rows = max(query.shape[-3], 0 if key is None else key.shape[-3])
         table = self._table(rows, positions, offsets)
-        turned = apply_rotary(query, table, **options)
-        return turned if key is None else (turned, apply_rotary(key, table, is_key=True, **options))
+        if key is None:
+            return apply_rotary(query, table, **options)
+        return rotate_pair(query, key, table, **options)
 
     def packed(
         self,

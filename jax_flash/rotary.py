@@ -36,8 +36,7 @@ _ROTARY_OPTIONS = """positions: int [T] or [*B, T] (or 1 on any batch axis): the
       conjugate: turn back: the inverse, where the table has no xPos scale, and always the
         transpose.
       implementation: None picks by platform when the program is lowered: "cuda", kernels for NVIDIA
-        GPUs, for interleaved tables and for packed arrays, or else "xla", compiled from jnp, which
-        is the faster one for halves. Naming one that is not there raises.
+        GPUs, or else "xla", compiled from jnp. Naming one that is not there raises.
 
     Rows at negative positions, and rows that no sequence owns, are copied. Where a position is
     known to be beyond the table, the call raises; where only the device knows, what would be turned
@@ -160,6 +159,23 @@ def _rotate_backward(config, residuals, dout):
 _rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rotate_pair(config: RotaryConfig, pair, tables, positions):
+    return ops.rotary_pair(config, *pair, *tables, positions)
+
+
+def _rotate_pair_forward(config, pair, tables, positions):
+    return _rotate_pair(config, pair, tables, positions), (tables, positions)
+
+
+def _rotate_pair_backward(config, residuals, cotangents):
+    back = dataclasses.replace(config, conjugate=not config.conjugate)
+    return _rotate_pair(back, tuple(cotangents), *residuals), None, None
+
+
+_rotate_pair.defvjp(_rotate_pair_forward, _rotate_pair_backward)
+
+
 # Options -> operands ------------------------------------------------------------------------------
 
 
@@ -257,24 +273,52 @@ def _positions(positions, offsets, cu_seqlens, batch, rows, length) -> jax.Array
     return _counted_positions(offsets, batch, rows, length)
 
 
-def _run(config, x, table, is_key, positions, offsets, cu_seqlens):
-    *batch, rows = x.shape[: -3 if config.packed else -2]
-    _check_table(table, x.shape[-1])
+def _places(table, x_shape, both_kinds, is_key, positions, offsets, cu_seqlens, *, packed=False):
+    """(cos, sin, cos_k, sin_k) and the positions, with the batch axes of x."""
+    *batch, rows = x_shape[: -3 if packed else -2]
+    _check_table(table, x_shape[-1])
     shared.check_sizes(rows, rows)
     length = jnp.shape(table.cos)[0]
     at = _positions(positions, offsets, cu_seqlens, tuple(batch), rows, length)
-    if 0 in x.shape:
-        return x
     nothing = jnp.zeros((0,), jnp.asarray(table.cos).dtype)
     by, by_key = (table.cos, table.sin), (table.cos_k, table.sin_k)
     if is_key and table.cos_k is not None:
         by = by_key
-    if not config.packed or table.cos_k is None:
+    if not both_kinds or table.cos_k is None:
         by_key = (nothing, nothing)
     tables = tuple(jnp.asarray(t) for t in (*by, *by_key))
-    tables = tuple(t.reshape((1,) * len(batch) + t.shape) if t.ndim == 2 else t for t in tables)
+    return [t.reshape((1,) * len(batch) + t.shape) if t.ndim == 2 else t for t in tables], at
+
+
+def _run(config, x, table, is_key, positions, offsets, cu_seqlens):
+    places = (positions, offsets, cu_seqlens)
+    tables, at = _places(table, x.shape, config.packed, is_key, *places, packed=config.packed)
+    if 0 in x.shape:
+        return x
     x, at, *tables = vary_together(x, at, *tables)
     return _rotate(config, x, tuple(tables), at)
+
+
+def rotate_pair(query, key, table: RotaryTable, *, implementation: Implementation = None, **places):
+    """`apply_rotary` of queries and keys, in one launch where both have the same rows.
+
+    Args:
+      places: positions, offsets, cu_seqlens.
+    """
+    alike = query.shape[:-2] + query.shape[-1:] == key.shape[:-2] + key.shape[-1:]
+    alike = alike and query.dtype == key.dtype and 0 not in query.shape + key.shape
+    if not alike or jax.device_count() > 1 or not isinstance(table, RotaryTable):
+        options = dict(places, implementation=implementation)
+        return apply_rotary(query, table, **options), apply_rotary(
+            key, table, is_key=True, **options
+        )
+    shared.check_implementation(implementation, "rotary", ("cuda",))
+    query, key = shared.as_tensor("query", query, 3), shared.as_tensor("key", key, 3)
+    config = RotaryConfig(table.interleaved, False, False, implementation)
+    options = dict(positions=None, offsets=None, cu_seqlens=None) | places
+    tables, at = _places(table, query.shape, True, False, **options)
+    query, key, at, *tables = vary_together(query, key, at, *tables)
+    return _rotate_pair(config, (query, key), tuple(tables), at)
 
 
 # The public calls ---------------------------------------------------------------------------------

@@ -287,7 +287,7 @@ def test_fused_model_refuses_another_model(tmp_path, monkeypatch, capsys):
 
 
 OPERATORS = {  # what differs by more than its size
-    tuple(workload.name.split("/")[:2]) + (workload.dropout_rate,): name
+    (*workload.name.split("/")[:2], workload.dropout_rate, workload.is_packed): name
     for name, workload in operator_workloads.WORKLOADS.items()
 }
 OPERATORS["several in a launch"] = "norm/rms/1024"
@@ -335,6 +335,9 @@ def test_fewest_bytes_of_the_operators():
     square = 4 * 2048 * 2048 / 1e9
     assert named["softmax/masked/2048"].gigabytes("forward") == pytest.approx(65 * square)
     assert named["softmax/causal/2048"].gigabytes("forward_backward") == 16 * 2 * 5 * square
+    heads = 4 * 4096 * 32 * 128 * 2 / 1e9
+    assert named["rotary/half/128"].gigabytes("backward") == pytest.approx(4 * heads)
+    assert named["rotary/half/128/packed"].gigabytes("forward") == pytest.approx(4 * heads)
     assert named["mlp/bf16/4096x16384"].tflop("backward") == 8 * 16384 * 4096 * 16384 / 1e12
     assert named["mlp/bf16/4096x16384"].gigabytes("forward") is None
 
@@ -348,6 +351,18 @@ def test_launches_in_place_take_fresh_copies():
     assert entry.launches == 5 and len(entry.seconds) == 1
     np.testing.assert_array_equal(call(), np.arange(6.0) + 1)
     assert not dout.is_deleted() and not x.is_deleted()
+
+
+def test_launches_in_place_of_several_calls():
+    """Each call's result takes the memory of its own operand, so that XLA copies none."""
+    workload = operator_workloads.WORKLOADS["rotary/half/128/packed"].small()
+    compiled = operator_providers.repeated(workload, operator_providers.InPlace)
+    call = compiled(lambda x: 2 * x, jax.numpy.arange(6.0))
+    assert call.calls == workload.calls == 2
+    text = call._executable.as_text()
+    assert "{0}: (0, {}" in text and "{1}: (1, {}" in text
+    for result in call():
+        np.testing.assert_array_equal(result, 2 * np.arange(6.0))
 
 
 def test_what_waits_takes_bounded_memory(monkeypatch):

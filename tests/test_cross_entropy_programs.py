@@ -211,7 +211,7 @@ def test_on_cuda_it_is_two_custom_calls(total):
         (64, "bfloat16", ["forward"]),
         (128, "bfloat16", ["forward", "backward"]),
         (50257, "float32", ["forward", "backward"]),
-        (128256, "float32", ["forward"]),
+        (128256, "float32", ["forward", "backward"]),
     ],
 )
 def test_xla_runs_where_it_is_faster(classes, dtype, kernels):

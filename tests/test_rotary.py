@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jax_flash
 from jax_flash import RotaryTable, apply_rotary, apply_rotary_qkvpacked
 from jax_flash.reference import rotary as reference
+from jax_flash.rotary import rotate_pair
 from tests import helpers, programs
 from tests.programs import (
     assert_close,
@@ -183,6 +184,79 @@ def test_packed(dims, scale_base, form, dtype, implementation):
     for i in range(2):
         alone = apply_rotary(jnp.asarray(qkv[:, :, i]), is_key=i == 1, **options)
         assert_close(out[:, :, i], alone, 0 if implementation == "cuda" else tolerance)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """As a program of one device: the pair is for those."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+@on_each
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale_base", [None, 16.0])
+@pytest.mark.parametrize("dims", [(H, R, 2), (64, 64, 1), (96, 48, 4)], ids=str)
+def test_pair(dims, scale_base, form, dtype, implementation, one_device):
+    """Queries and keys, of other numbers of heads, as each of them alone, in one call."""
+    head_dim, dim, kv_heads = dims
+    table = table_of(dim, scale_base=scale_base, interleaved=FORMS[form])
+    shapes = (B, T, N, head_dim), (B, T, kv_heads, head_dim)
+    query, key, *cotangents = map(jnp.asarray, helpers.random(3, dtype, *shapes, *shapes))
+    places = dict(positions=jnp.array([[0, 4, -1, 22, 7], [1, 1, 2, 20, 0]]))
+    pair = functools.partial(rotate_pair, table=table, implementation=implementation, **places)
+
+    def both(query, key, cotangents):
+        out, pullback = jax.vjp(pair, query, key)
+        return *out, *pullback(tuple(cotangents))
+
+    got = jax.jit(both)(query, key, cotangents)
+    assert "rotary_pair" in str(jax.make_jaxpr(both)(query, key, cotangents))
+    tolerance = 0 if implementation == "cuda" else float(jnp.finfo(dtype).eps)
+    for i, (x, dout) in enumerate(zip((query, key), cotangents, strict=True)):
+        options = dict(table=table, is_key=i == 1, implementation=implementation, **places)
+        alone = with_gradient(functools.partial(apply_rotary, **options), x, dout)
+        for y, want in zip(got[i::2], alone, strict=True):
+            assert_close(y, want, tolerance)
+
+
+@on_each
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
+def test_vmap_of_a_pair(axes, implementation, one_device):
+    query, key, table = normal(0, 3, B, T, N, H), normal(1, 3, B, T, 1, H), table_of()
+    options = dict(table=table, offsets=3, implementation=implementation)
+    given = [x if axis == 0 else x[0] for x, axis in zip((query, key), axes, strict=True)]
+    got = jax.jit(jax.vmap(functools.partial(rotate_pair, **options), axes))(*given)
+    for x, y, axis in zip((query, key), got, axes, strict=True):
+        want = apply_rotary(x, **options)
+        assert_close(y, want if axis == 0 else jnp.broadcast_to(want[0], want.shape))
+
+
+def test_pair_that_is_none(one_device, monkeypatch):
+    """Other rows, and programs of several devices, take two calls."""
+    query, key, table = normal(0, B, T, N, H), normal(1, B, T + 1, 2, H), table_of()
+    text = str(jax.make_jaxpr(functools.partial(rotate_pair, table=table))(query, key))
+    assert "rotary_pair" not in text and text.count("rotary[") == 2
+    monkeypatch.undo()
+    text = str(jax.make_jaxpr(functools.partial(rotate_pair, table=table))(query, key[:, :T]))
+    assert ("rotary_pair" in text) == (jax.device_count() == 1)
+    for x, got in zip((query, key), rotate_pair(query, key, table), strict=True):
+        assert_close(got, apply_rotary(x, table))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pair_lowers_for_cuda(form, one_device):
+    def loss(query, key):
+        turned = rotate_pair(query, key, table_of(interleaved=FORMS[form]))
+        return sum(jnp.sum(jnp.sin(x)) for x in turned)
+
+    f = jax.jit(jax.grad(loss, (0, 1)))
+    given = normal(0, B, T, N, H), normal(1, B, T, 1, H)
+    text = f.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    arrays = ["1x1x2x5x3x10xf32", "1x1x2x5x1x10xf32"]
+    table, off = "1x1x1x23x3xf32", "0xf32"
+    operands = [*arrays, table, table, off, off, "1x1x1x5xi32"]
+    assert custom_calls(text) == [("jax_flash.rotary_pair", operands, arrays)] * 2
 
 
 @on_each
@@ -373,15 +447,14 @@ def test_vmap_of_packed_operands_with_two_tables(implementation):
 
 @installed("cuda")
 def test_lowers_for_cuda():
-    """One custom call a direction; packed, the result takes the memory of what comes. Halves are
-    XLA's, unless somebody asks."""
+    """One custom call a direction; packed, the result takes the memory of what comes."""
 
     def lowered(table, **options):
         f = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(apply_rotary(x, table, **options)))))
         return f.trace(normal(0, B, T, N, H)).lower(lowering_platforms=("cuda",)).as_text()
 
-    assert not custom_calls(lowered(table_of()))
-    assert custom_calls(lowered(table_of(), implementation="cuda"))
+    assert not custom_calls(lowered(table_of(), implementation="xla"))
+    assert len(custom_calls(lowered(table_of()))) == 2
     text = lowered(table_of(interleaved=True))
     whole, table, off = "1x1x2x5x3x10xf32", "1x1x1x23x3xf32", "0xf32"
     operands = [whole, table, table, off, off, "1x1x1x5xi32"]

@@ -17,20 +17,27 @@ struct Table {
   PerBatch<float> cos, sin;  // [batch, length, pairs]
 };
 
+// The heads of one kind, queries or keys: [batch, rows, heads, head_dim], a row `row_size` elements
+// after the one before.
+struct Heads {
+  const void* x = nullptr;
+  void* out = nullptr;  // alike; may be x
+  int32_t count = 0;
+  int64_t row_size = 0;
+  Table table;
+};
+
 struct Params {
   DType dtype = DType::kF32;
   bool is_interleaved = false;  // pairs (2 j, 2 j + 1), not (j, j + pairs)
   bool is_conjugate = false;    // sin counts with the other sign
   int64_t batch_shape[kBatchDims] = {1, 1, 1};
   int64_t rows = 0;  // of a batch entry
-  int32_t heads = 0, head_dim = 0;
+  int32_t head_dim = 0;
   int32_t pairs = 0;   // of a head that are turned
-  int32_t kinds = 1;   // 2: queries and keys, of rows that hold values as well
   int64_t length = 0;  // of the tables
-
-  const void* x = nullptr;  // [batch, rows, heads, head_dim], or [batch, rows, 3, heads, head_dim]
-  void* out = nullptr;      // alike; may be x, and is where there are values
-  Table tables[2];          // of queries, of keys
+  int32_t kinds = 1;   // 2: queries and keys
+  Heads heads[2];
   PerBatch<int32_t> positions;  // [batch, rows]
 };
 

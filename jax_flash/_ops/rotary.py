@@ -1,6 +1,7 @@
-"""The primitive of the rotary embedding, and its XLA form.
+"""The primitives of the rotary embedding, and their XLA form.
 
-    rotary(x, cos, sin, cos_k, sin_k, positions) -> out
+    rotary(x, cos, sin, cos_k, sin_k, positions)               -> out
+    rotary_pair(query, key, cos, sin, cos_k, sin_k, positions) -> query, key
 
     x, out [*B, T, N, H], or packed [*B, T, 3, N, H];  cos, sin, cos_k, sin_k [*B or 1, length,
     R/2];  positions int32 [*B or 1, T]
@@ -8,10 +9,12 @@
 The first R elements of a head are turned by the row of the tables that `positions` names, the rest
 is copied. A negative position copies the whole row, one that the tables do not have makes NaN of
 what would be turned. Packed, queries are turned by (cos, sin), keys by (cos_k, sin_k), or by (cos,
-sin) too where those are off, and values stay. `out` may be written over `x`.
+sin) too where those are off, and values stay. `out` may be written over `x`. The pair is queries
+[*B, T, N, H] and keys [*B, T, K, H] by the same tables in one launch.
 
 The backward is the same primitive with the other sign of sin. Batch axes, rows and heads are
-shared by devices freely; a head dim that is cut is gathered first, the tables are whole.
+shared by devices freely; a head dim that is cut is gathered first, the tables are whole. The pair
+is for programs of one device: heads of both kinds cannot be cut over one mesh axis.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash._ops import _register
-from jax_flash._ops._batch import canonical
+from jax_flash._ops._batch import batch_shape, canonical
 from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
 
 
@@ -57,15 +60,26 @@ def _signature(config, x, *rest) -> Signature:
 
 
 def _results(config, *operands):
-    signature = _signature(config, *operands)
-    leads = [
-        a.shape[: a.ndim - len(axes) + 1]
-        for a, axes in zip(operands, signature.operands, strict=True)
-        if axes
-    ]
-    x, own = operands[0], len(signature.results[0]) - 1
-    shape = (*jnp.broadcast_shapes(*leads), *x.shape[x.ndim - own :])
+    signature, x = _signature(config, *operands), operands[0]
+    own = len(signature.results[0]) - 1
+    shape = (*batch_shape(signature, operands), *x.shape[x.ndim - own :])
     return (jax.ShapeDtypeStruct(shape, x.dtype),)
+
+
+def _pair_signature(config, query, key, *rest) -> Signature:
+    alone = _signature(config, query, *rest)
+    key_rows = (BATCH, "T", "K", "H")
+    return Signature(
+        operands=(alone.operands[0], key_rows, *alone.operands[1:]),
+        results=(alone.results[0], key_rows),
+        shardable=alone.shardable | {"K": key.shape[-2]},
+        aliases={},
+    )
+
+
+def _pair_results(config, *operands):
+    lead = batch_shape(_pair_signature(config, *operands), operands)
+    return tuple(jax.ShapeDtypeStruct((*lead, *x.shape[-3:]), x.dtype) for x in operands[:2])
 
 
 # The XLA form ------------------------------------------------------------------------------------
@@ -117,6 +131,17 @@ def rotate(config, x, cos, sin, cos_k, sin_k, positions):
     return (jnp.stack([jnp.broadcast_to(a, whole) for a in (query, key, value)], -3),)
 
 
+def rotate_pair(config, query, key, cos, sin, cos_k, sin_k, positions):
+    if is_off(cos_k):
+        cos_k, sin_k = cos, sin
+    turned = (
+        _turn(config, query, cos, sin, positions),
+        _turn(config, key, cos_k, sin_k, positions),
+    )
+    lead = jnp.broadcast_shapes(*(x.shape[:-3] for x in turned))
+    return tuple(jnp.broadcast_to(x, (*lead, *x.shape[-3:])) for x in turned)
+
+
 # CUDA kernels ------------------------------------------------------------------------------------
 
 
@@ -124,37 +149,58 @@ def _refuse(config, x, *rest) -> str | None:
     return _register.refusal("cuda", x.dtype)
 
 
-def _slower(config, *operands) -> bool:
-    """H200, bf16, 4 x 4096 x 32 x 128: half 3737 GB/s for XLA's 3950, interleaved 3774 for 1651."""
-    return not config.interleaved and not config.packed
-
-
-def _kernel(config, x, *rest):
-    """Packed, the result takes x's memory; XLA copies it first where x is needed once more."""
-    (result,) = _results(config, x, *rest)
-    *tables, positions = rest
+def _call(target, signature, results, operands, **options):
+    """One custom call of arrays [*B, ...] that are as large as `results`, then the places."""
+    count = len(results)
+    arrays = [jnp.broadcast_to(x, r.shape) for x, r in zip(operands, results, strict=False)]
+    *tables, positions = operands[count:]
     tables = [t if is_off(t) else t.astype(jnp.float32) for t in tables]
-    operands = (jnp.broadcast_to(x, result.shape), *tables, positions)
-    operands, _ = canonical(_signature(config, *operands), operands)
-    (out,) = ffi_call(
+    operands, _ = canonical(signature, (*arrays, *tables, positions))
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:count])
+    out = ffi_call(target, shapes, *operands, **options)
+    return [x.reshape(r.shape) for x, r in zip(out, results, strict=True)]
+
+
+def _kernel(config, *operands):
+    """Packed, the result takes x's memory; XLA copies it first where x is needed once more."""
+    (out,) = _call(
         "jax_flash.rotary",
-        (jax.ShapeDtypeStruct(operands[0].shape, result.dtype),),
-        *operands,
+        _signature(config, *operands),
+        _results(config, *operands),
+        operands,
         in_place={0: 0} if config.packed else None,
         interleaved=config.interleaved,
         conjugate=config.conjugate,
         packed=config.packed,
     )
-    out = out.reshape(result.shape)
     # In a scan that stacks the result for attention's backward XLA would run the call twice
     # (openxla/xla#45799).
     return (out if config.packed else jax.lax.optimization_barrier(out),)
+
+
+def _pair_kernel(config, *operands):
+    out = _call(
+        "jax_flash.rotary_pair",
+        _pair_signature(config, *operands),
+        _pair_results(config, *operands),
+        operands,
+        interleaved=config.interleaved,
+        conjugate=config.conjugate,
+    )
+    return jax.lax.optimization_barrier(tuple(out))  # as above
 
 
 rotary = Op(
     "rotary",
     signature=_signature,
     results=_results,
-    native={"cuda": Implementation("cuda", _kernel, _refuse, _slower)},
+    native={"cuda": Implementation("cuda", _kernel, _refuse)},
     xla=Implementation("xla", rotate),
+)
+rotary_pair = Op(
+    "rotary_pair",
+    signature=_pair_signature,
+    results=_pair_results,
+    native={"cuda": Implementation("cuda", _pair_kernel, _refuse)},
+    xla=Implementation("xla", rotate_pair),
 )

@@ -1,5 +1,6 @@
 // dlogits_v = scale * (dlse * exp(z_v - lse) + dlabel * [v = label] + dtotal), one read and one
-// write an element, in place where dlogits is logits. A row without dlse is not read.
+// write an element, in place where dlogits is logits. Here: what a row needs, and the kernel of
+// short rows, several a block, which does not read those without dlse.
 #pragma once
 
 #include "cross_entropy/cuda/row.cuh"
@@ -30,14 +31,33 @@ __device__ __forceinline__ int64_t first_result_row(const BackwardParams& p) {
   return min(first, p.result_rows - p.rows) & ~INT64_C(7);
 }
 
-template <typename Element, typename Result, int kThreads, int kUnroll, int kBlocks>
-__global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBlocks)
+// The gradient of a row's logits but for the label's own.
+struct Gradient {
+  float scale, lse, slope, constant;
+  bool reads;  // whether it depends on the logits
+
+  __device__ __forceinline__ Gradient(const BackwardParams& p, const Cotangents& d, float lse)
+      : scale(p.scale),
+        lse(lse),
+        slope(p.scale * d.dlse),
+        constant(p.scale * d.dtotal),
+        reads(d.dlse != 0.0f) {}
+  // NOTE: the difference before the factor: exp(0) is 1 however large the logits are.
+  __device__ __forceinline__ float operator()(float x) const {
+    if (!reads) return constant;  // whatever x is
+    const float shift = fmaf(x, scale, -lse);
+    return fmaf(slope, ptx::exp2_approx(shift * kLog2e), constant);
+  }
+};
+
+// Rows of a warp or less.
+template <typename Element, typename Result, int kThreads, int kUnroll>
+__global__ void __launch_bounds__(kSmallBlock, 4)
     backward_kernel(const __grid_constant__ BackwardParams p) {
   constexpr int kSize = 16 / sizeof(Element);
   using ResultVector = device::Vector<Result, kSize>;
 
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kThreads <= 32 ? blockDim.y : 1) + threadIdx.y;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= p.rows) return;
   const int64_t first = row * p.vocabulary;
   const Element* logits = static_cast<const Element*>(p.logits) + first;
@@ -45,26 +65,21 @@ __global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBloc
   const Columns<kSize> columns(first, p.vocabulary);
   const int thread = threadIdx.x;
 
-  const float scale = p.scale, lse = p.lse[row];
+  const float lse = p.lse[row];
   const Cotangents d = cotangents_of(p, row, lse);
-  const float slope = scale * d.dlse, constant = scale * d.dtotal;
-  const bool reads = d.dlse != 0.0f;
-  // NOTE: the difference before the factor: exp(0) is 1 however large the logits are.
-  const auto dlogit = [&](float x) {
-    const float shift = fmaf(x, scale, -lse);
-    return fmaf(slope, ptx::exp2_approx(shift * kLog2e), constant);
-  };
+  const Gradient gradient(p, d, lse);
 
   // The label's logit, kept by the thread that will overwrite it.
   const int32_t label = p.labels[row];
   const bool owns_label =
       label >= 0 && label < p.vocabulary && thread == columns.owner(label, kThreads);
-  const float label_logit = owns_label && reads ? device::to_float(logits[label]) : 0.0f;
+  const auto logit = [&](int column) {
+    return gradient.reads ? device::to_float(logits[column]) : 0.0f;
+  };
+  const float label_logit = owns_label ? logit(label) : 0.0f;
 
   const auto put_one = [&](int column) {
-    if (column < 0) return;
-    dlogits[column] =
-        device::from_float<Result>(reads ? dlogit(device::to_float(logits[column])) : constant);
+    if (column >= 0) dlogits[column] = device::from_float<Result>(gradient(logit(column)));
   };
   put_one(columns.head_column(thread));
   put_one(columns.tail_column(thread));
@@ -75,7 +90,7 @@ __global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBloc
     uint4 words[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (reads && columns.has(i + u * kThreads)) words[u] = __ldcs(source + u * kThreads);
+      if (gradient.reads && columns.has(i + u * kThreads)) words[u] = __ldcs(source + u * kThreads);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -84,9 +99,7 @@ __global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBloc
       to_floats<Element>(words[u], x);
       ResultVector out;
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        out.at[j] = device::from_float<Result>(reads ? dlogit(x[j]) : constant);
-      }
+      for (int j = 0; j < kSize; ++j) out.at[j] = device::from_float<Result>(gradient(x[j]));
       target[u * kThreads] = out;
     }
     source += kUnroll * kThreads;
@@ -94,8 +107,7 @@ __global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBloc
   }
 
   if (owns_label) {
-    const float others = reads ? dlogit(label_logit) : constant;
-    dlogits[label] = device::from_float<Result>(fmaf(scale, d.dlabel, others));
+    dlogits[label] = device::from_float<Result>(fmaf(p.scale, d.dlabel, gradient(label_logit)));
   }
 }
 

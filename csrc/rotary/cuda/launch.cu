@@ -7,26 +7,26 @@
 namespace jax_flash::rotary {
 namespace {
 
-template <typename Element, bool kInterleaved, bool kAligned>
+template <typename Pairs>
 void run(const Params& p, cudaStream_t stream) {
-  constexpr int kCount = Pairs<Element, kInterleaved, kAligned>::kCount;
-  constexpr int kUnroll = kHeadsAtOnce<kInterleaved, kAligned>;
-  const Plan plan = make_plan(p, p.pairs / kCount, kUnroll);
-  const int64_t blocks = (plan.rows + plan.rows_of_block - 1) / plan.rows_of_block;
-  const dim3 grid(static_cast<unsigned>(blocks), p.kinds);
-  const unsigned threads = plan.by_row.value * plan.rows_of_block;
-  rotary_kernel<Element, kInterleaved, kAligned><<<grid, threads, 0, stream>>>(p, plan);
+  const Plan plan = Plan::make<Pairs>(p);
+  const uint32_t blocks = plan.shares[0].blocks + plan.shares[1].blocks;
+  rotary_kernel<Pairs><<<blocks, plan.threads, 0, stream>>>(p, plan);
+}
+
+template <typename Pairs, typename Otherwise>
+void run_if_aligned(const Params& p, cudaStream_t stream) {
+  is_aligned<Pairs>(p) ? run<Pairs>(p, stream) : run<Otherwise>(p, stream);
 }
 
 }  // namespace
 
 const char* launch(const Params& p, cudaStream_t stream) {
   device::visit(p.dtype, [&]<typename Element>() {
-    const bool aligned = is_aligned(p, 16 / sizeof(Element));
     if (p.is_interleaved) {
-      aligned ? run<Element, true, true>(p, stream) : run<Element, true, false>(p, stream);
+      run_if_aligned<Interleaved<Element>, One<Element, true>>(p, stream);
     } else {
-      aligned ? run<Element, false, true>(p, stream) : run<Element, false, false>(p, stream);
+      run_if_aligned<Half<Element>, One<Element, false>>(p, stream);
     }
   });
   const cudaError_t error = cudaGetLastError();

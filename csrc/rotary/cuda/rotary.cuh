@@ -1,6 +1,6 @@
-// Turns the heads of rows: a thread keeps its pairs' cosines and sines for all heads that it turns
-// of a row, and reads what it writes and nothing else, so that the result may take x's memory.
-// docs/kernels/rotary.md has the figures.
+// Turns the heads of rows: a thread has 32 bytes, some pairs of one or two neighbouring heads, or
+// copies what is not turned of them. It reads what it writes and nothing else, so that the result
+// may take x's memory. docs/kernels/rotary.md has the figures.
 #pragma once
 
 #include "device/places.cuh"
@@ -9,96 +9,75 @@
 
 namespace jax_flash::rotary {
 
-// Cosines and sines of one row's pairs [j, j + kCount).
-template <int kCount>
-struct Angles {
-  static constexpr int kSize = kCount < 4 ? kCount : 4;
-  float cos[kCount], sin[kCount];
-
-  __device__ __forceinline__ void load(const Table& table, const device::BatchIndex& batch,
-                                       int64_t offset, float sign) {
-    using Vector = device::Vector<float, kSize>;
-#pragma unroll
-    for (int i = 0; i < kCount; i += kSize) {
-      const Vector c = Vector::load(batch.of(table.cos) + offset + i);
-      const Vector s = Vector::load(batch.of(table.sin) + offset + i);
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) cos[i + k] = c.at[k], sin[i + k] = sign * s.at[k];
-    }
-  }
+// A row's position, and the tables that it counts in.
+struct Row {
+  int32_t position;
+  const float *cos, *sin;
 };
 
-template <typename Pairs, int kCount>
-__device__ __forceinline__ void turn(Pairs& pairs, const Angles<kCount>& angles) {
-  float x1[kCount], x2[kCount], out1[kCount], out2[kCount];
-  pairs.widen(x1, x2);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    out1[i] = x1[i] * angles.cos[i] - x2[i] * angles.sin[i];
-    out2[i] = x1[i] * angles.sin[i] + x2[i] * angles.cos[i];
+__device__ __forceinline__ Row find_row(const Params& p, const Plan& plan, int64_t flat, int kind) {
+  const Table& table = p.heads[kind].table;
+  if (plan.strides.are_known) {
+    uint32_t row;
+    const int64_t entry = plan.by_rows.divide(static_cast<uint32_t>(flat), row);
+    const int64_t offset = entry * plan.strides.tables[kind];
+    return {p.positions.data[entry * plan.strides.positions + row], table.cos.data + offset,
+            table.sin.data + offset};
   }
-  pairs.narrow(out1, out2);
+  const device::Place place = plan.places.of(flat);
+  return {place.batch.of(p.positions)[place.row], place.batch.of(table.cos),
+          place.batch.of(table.sin)};
 }
 
-template <typename Element, bool kInterleaved, bool kAligned>
-__global__ void __launch_bounds__(kMostThreads)
+template <typename Pairs>
+__global__ void __launch_bounds__(kMostThreads, Pairs::kBlocks)
     rotary_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
-  using Pairs = Pairs<Element, kInterleaved, kAligned>;
-  constexpr int kCount = Pairs::kCount, kUnroll = kHeadsAtOnce<kInterleaved, kAligned>;
+  using Element = typename Pairs::Element;
+  constexpr int kHeads = Pairs::kHeads;
 
-  // The block's rows, and of a row the thread's pairs and heads.
-  uint32_t thread, unit;
-  const int row_in_block = plan.by_row.divide(threadIdx.x, thread);
-  const int first_head = plan.by_head.divide(thread, unit);
-  const int64_t flat = int64_t{blockIdx.x} * plan.rows_of_block + row_in_block;
-  if (flat >= plan.rows) return;
+  // The block's rows or its part of one, and the thread's heads and its place in them.
+  const int kind = blockIdx.x >= plan.shares[0].blocks;
+  const Share& share = plan.shares[kind];
+  uint32_t part, of_row, unit;
+  const uint32_t block = share.by_parts.divide(blockIdx.x - kind * plan.shares[0].blocks, part);
+  const int in_block = share.by_row.divide(part * blockDim.x + threadIdx.x, of_row);
+  const int64_t flat = int64_t{block} * share.rows_of_block + in_block;
+  if (in_block >= share.rows_of_block || flat >= plan.rows) return;
+  const int head = kHeads * plan.by_head.divide(of_row, unit);
+  const Heads& heads = p.heads[kind];
+  const int left = heads.count - head;
+  const int64_t begin = flat * heads.row_size + head * p.head_dim;
+  const Element* x = static_cast<const Element*>(heads.x) + begin;
+  Element* out = static_cast<Element*>(heads.out) + begin;
 
-  const int kind = blockIdx.y, head_dim = p.head_dim;
-  const int64_t row_size = int64_t{p.kinds == 1 ? 1 : 3} * p.heads * head_dim;
-  const int64_t begin = flat * row_size + int64_t{kind} * p.heads * head_dim;
-  const Element* x = static_cast<const Element*>(p.x) + begin;
-  Element* out = static_cast<Element*>(p.out) + begin;
-
-  const float sign = p.is_conjugate ? -1.0f : 1.0f;
-  const int step = plan.by_head.value * kCount;
-  for (int j = unit * kCount; j < p.pairs; j += step) {
-    Pairs pairs[kUnroll];
-    const auto load = [&](int head) {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int h = head + u * plan.heads_at_once;
-        if (h < p.heads) pairs[u].load(x + h * head_dim, j, p.pairs);
-      }
-    };
-    load(first_head);  // before the position is waited for
-    const device::Place place = plan.places.of(flat);
-    const int32_t position = place.batch.of(p.positions)[place.row];
-    Angles<kCount> angles;
-    if (position >= 0 && position < p.length) {
-      angles.load(p.tables[kind], place.batch, position * int64_t{p.pairs} + j, sign);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) angles.cos[i] = angles.sin[i] = NAN;
+  if (unit >= plan.turning) {
+    const int at = 2 * p.pairs + (unit - plan.turning) * Pairs::kCopied;
+    for (int h = 0; h < kHeads && h < left; ++h) {
+      Pairs::copy(x + h * p.head_dim + at, out + h * p.head_dim + at);
     }
-    for (int head = first_head; head < p.heads;) {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int h = head + u * plan.heads_at_once;
-        if (h >= p.heads) break;
-        if (position >= 0) turn(pairs[u], angles);
-        pairs[u].store(out + h * head_dim, j, p.pairs);
-      }
-      head += kUnroll * plan.heads_at_once;
-      load(head);
-    }
+    return;
   }
-
-  // Copy what is not turned, unless it is there.
-  const int rest = head_dim - 2 * p.pairs;
-  if (rest == 0 || p.x == p.out) return;
-  for (int i = thread; i < rest * p.heads; i += plan.by_row.value) {
-    const int at = i / rest * head_dim + 2 * p.pairs + i % rest;
-    out[at] = x[at];
+  const int j = unit * Pairs::kCount;
+  Pairs pairs[kHeads];
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {  // before the position is waited for
+    if (h < left) pairs[h].load(x + h * p.head_dim, j, p.pairs);
+  }
+  const Row row = find_row(p, plan, flat, kind);
+  if (row.position >= 0) {
+    Angles<Pairs::kCount> angles;
+    if (row.position < p.length) {
+      const int64_t at = row.position * int64_t{p.pairs} + j;
+      angles.load(row.cos + at, row.sin + at, p.is_conjugate ? -1.0f : 1.0f);
+    } else {
+      angles.fill(NAN);
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) pairs[h].turn(angles);
+  }
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    if (h < left) pairs[h].store(out + h * p.head_dim, j, p.pairs);
   }
 }
 
