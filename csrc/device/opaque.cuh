@@ -12,4 +12,11 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   return x;
 }
 
+// The same: an address is computed once, and what lies near it is reached with constant distances.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 }  // namespace jax_flash::device

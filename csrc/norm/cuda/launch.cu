@@ -97,7 +97,7 @@ __global__ void sum_kernel(const float* partials, const __grid_constant__ Result
   results.of[blockIdx.y][entry * width + column] = total;
 }
 
-const char* sum(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
+const char* sum(const BackwardParams& p, int ctas, cudaStream_t stream) {
   Results results{};
   unsigned num_results = 0;
   for (int i = 0; i < kSums; ++i) {
@@ -105,44 +105,32 @@ const char* sum(const BackwardParams& p, const Plan& plan, cudaStream_t stream) 
   }
   const dim3 grid(static_cast<unsigned>((p.width + 31) / 32 * p.entries), num_results);
   sum_kernel<<<grid, dim3(32, kSplits), 0, stream>>>(p.partials, results, p.entries, p.num_partials,
-                                                     plan.ctas, p.width);
+                                                     ctas, p.width);
   return status();
 }
 
-bool has_no_options(const Problem& p) {
-  return !p.weight1.data && !p.layerscale.data && !p.rowscale.data && !p.x_subset.data &&
-         !p.out_subset.data;
+bool may_be_common(const Problem& p) {
+  return p.width <= kCommonWidth && p.entries <= kCommonEntries && !p.weight1.data &&
+         !p.layerscale.data && !p.rowscale.data && !p.x_subset.data && !p.out_subset.data;
 }
 
-// Vectors of 8 columns a thread: narrow rows spread over the lanes of a warp, where the common
-// forms allow it; wide ones give every thread more to do between barriers.
-constexpr int64_t kNarrow = 32 * kCols, kWide = 2 * kCols * kMaxThreads;
-
-int num_vectors(int64_t width, bool is_common, int wide) {
-  return width > kWide ? wide : is_common && width <= kNarrow ? 1 : 2;
-}
+// Vectors of 8 columns a thread: wide rows give every thread more to do between barriers.
+int num_vectors(int64_t width, int wide) { return width > 2 * kCols * kMaxThreads ? wide : 2; }
 
 }  // namespace
 
 const char* launch_norm_forward(const ForwardParams& p, cudaStream_t stream) {
   Wishes wishes;
-  wishes.operands[0] = {p.x, p.dtype, p.x_subset.data ? Operand::kCompactX : Operand::kStream};
-  wishes.operands[1] = {p.x1, p.dtype, Operand::kStream};
-  wishes.operands[2] = {p.residual, p.stream_dtype, Operand::kStream};
   wishes.is_aligned = are_aligned(
       p, {p.x.data, p.x1.data, p.residual.data, p.weight.data, p.bias.data, p.weight1.data,
           p.bias1.data, p.layerscale.data, p.z, p.z1, p.stream, p.mask, p.mask1});
-  wishes.is_common = p.width <= kWide && wishes.is_aligned && has_no_options(p) && p.x.data &&
-                     !p.x1.data && !p.mask;
-  wishes.vectors = num_vectors(p.width, wishes.is_common, kForwardWideVectors);
-  if (wishes.is_common) {
-    wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
-    wishes.num_vectors = 1 + (p.bias.data != nullptr);
-    if (p.dropout_threshold == 0 && p.width <= kCols * kMaxThreads) {
-      wishes.vectors = 1;
-      wishes.max_threads = kPlainForwardThreads;
-    }
+  if (may_be_common(p) && wishes.is_aligned && p.x.data && !p.x1.data && !p.mask) {
+    return device::visit(p.dtype, [&]<typename X>() { return forward_common<X>(p, stream); });
   }
+  wishes.operands[0] = {p.x, p.dtype, p.x_subset.data ? Operand::kCompactX : Operand::kStream};
+  wishes.operands[1] = {p.x1, p.dtype, Operand::kStream};
+  wishes.operands[2] = {p.residual, p.stream_dtype, Operand::kStream};
+  wishes.vectors = num_vectors(p.width, kForwardWideVectors);
   Plan plan;
   if (const char* error = make_plan(p, wishes, plan)) return error;
   if (const char* error = claim(p, p.out_subset, p.out_rows, p.claims, {p.z, p.z1}, stream)) {
@@ -153,22 +141,26 @@ const char* launch_norm_forward(const ForwardParams& p, cudaStream_t stream) {
 
 const char* launch_norm_backward(const BackwardParams& p, cudaStream_t stream) {
   Wishes wishes;
+  wishes.is_aligned =
+      are_aligned(p, {p.stream.data, p.dz.data, p.dz1.data, p.dstream.data, p.x.data, p.weight.data,
+                      p.weight1.data, p.layerscale.data, p.dx, p.dx1, p.dresidual});
+  if (may_be_common(p) && wishes.is_aligned && !p.dx1) {
+    Layout layout;
+    if (const char* error = backward_layout(p, layout)) return error;
+    if (layout.stages > 0) {
+      const char* error = device::visit(
+          p.dtype, [&]<typename X>() { return backward_common<X>(p, layout, stream); });
+      return error ? error : sum(p, layout.ctas, stream);
+    }
+  }
   const auto z_rows = p.out_subset.data ? Operand::kCompactZ : Operand::kStream;
   wishes.operands[0] = {p.stream, p.stream_dtype, Operand::kStream};
   wishes.operands[1] = {p.dz, p.dtype, z_rows};
   wishes.operands[2] = {p.dstream, p.stream_dtype, Operand::kStream};
   wishes.operands[3] = {p.dz1, p.dtype, z_rows};
   wishes.operands[4] = {p.x, p.dtype, p.x_subset.data ? Operand::kCompactX : Operand::kStream};
-  wishes.is_aligned =
-      are_aligned(p, {p.stream.data, p.dz.data, p.dz1.data, p.dstream.data, p.x.data, p.weight.data,
-                      p.weight1.data, p.layerscale.data, p.dx, p.dx1, p.dresidual});
-  wishes.is_common = p.width <= kWide && wishes.is_aligned && has_no_options(p) && !p.dx1;
-  wishes.vectors = num_vectors(p.width, wishes.is_common, kBackwardWideVectors);
+  wishes.vectors = num_vectors(p.width, kBackwardWideVectors);
   if (wishes.vectors > 2) wishes.max_threads = kMaxThreads / 2;
-  if (wishes.is_common) {
-    wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
-    wishes.num_vectors = 1;
-  }
   wishes.num_sums = (p.dweight1 != nullptr) + (p.dbias1 != nullptr) + (p.dlayerscale != nullptr);
   wishes.joins_teams = true;
   wishes.min_stages = 2;
@@ -179,7 +171,7 @@ const char* launch_norm_backward(const BackwardParams& p, cudaStream_t stream) {
   if (const char* error = claim(p, p.x_subset, p.x_rows, p.claims, {p.dx}, stream)) return error;
   const char* error =
       device::visit(p.dtype, [&]<typename X>() { return backward<X>(p, plan, stream); });
-  return error ? error : sum(p, plan, stream);
+  return error ? error : sum(p, plan.ctas, stream);
 }
 
 }  // namespace jax_flash::norm
