@@ -50,7 +50,6 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
   const bool is_wide_stream = p.stream_dtype == DType::kF32;
   const bool is_wide_weight = p.weight_dtype == DType::kF32;
   DropoutKey key = has_dropout ? DropoutKey(p, entry) : DropoutKey{};
-  const float per_column = 1.0f / p.width;
   auto x_place = [&] { return Placement(p.x_subset, p.claims, p.x_rows, entry); };
   auto z_place = [&] { return Placement(p.out_subset, nullptr, p.out_rows, entry); };
   auto named = [&](Operand::Rows rows, int row) {
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
       const int warp = first + team.lane % kLanes;
       if (warp < team.warps) of_row += part[warp][team.lane / kLanes];
     }
-    of_row = device::group_sum<kLanes>(of_row) * per_column;
+    of_row = device::group_sum<kLanes>(of_row) / p.width;
     float along[kRows], total[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {

@@ -19,52 +19,51 @@
 
 namespace jax_flash::norm {
 
-// A thread's own places in shared memory, [stage][row][vector][stream, dz, dstream]: chunks of 16
-// bytes, those of neighbouring threads beside each other.
+// A thread's own places in shared memory, [warp][stage][row][vector][stream, dz, dstream]: chunks
+// of 16 bytes, those of neighbouring lanes beside each other.
 template <typename X, typename S, int kRows>
 class OwnStages {
  public:
   static constexpr int kChunksX = Raw<X>::kChunks, kChunksS = Raw<S>::kChunks;
   static constexpr int kChunks = kChunksX + 2 * kChunksS;  // of a vector of all three
-  static constexpr int kStageBytes = backward_stage_bytes(sizeof(X), sizeof(S));
-  static_assert(kStageBytes == kRows * kBackwardVectors * kChunks * 16 * kBackwardThreads);
+  static constexpr int kBytes = backward_stage_bytes(sizeof(X), sizeof(S));  // of a warp
+  static_assert(kBytes == kRows * kBackwardVectors * kChunks * kChunkBytes);
 
-  __device__ explicit OwnStages(char* memory)
-      : own_(ptx::shared_address(memory) + 16 * threadIdx.x) {}
+  __device__ OwnStages(char* memory, int stages)
+      : own_(ptx::shared_address(memory) + threadIdx.x / 32 * (stages * kBytes) +
+             16 * (threadIdx.x % 32)) {}
 
   __device__ __forceinline__ void copy_stream(int stage, int r, int v, const S* source,
                                               bool exists) const {
-    copy<kChunksS>(place(stage, r, v), source, exists);
+    copy<kChunksS>(place(stage, r, v, 0), source, exists);
   }
   __device__ __forceinline__ void copy_dz(int stage, int r, int v, const X* source,
                                           bool exists) const {
-    copy<kChunksX>(place(stage, r, v) + kChunksS * kStride, source, exists);
+    copy<kChunksX>(place(stage, r, v, kChunksS), source, exists);
   }
   __device__ __forceinline__ void copy_dstream(int stage, int r, int v, const S* source,
                                                bool exists) const {
-    copy<kChunksS>(place(stage, r, v) + (kChunksS + kChunksX) * kStride, source, exists);
+    copy<kChunksS>(place(stage, r, v, kChunksS + kChunksX), source, exists);
   }
   __device__ __forceinline__ void read_stream(float (&x)[kCols], int stage, int r, int v) const {
-    read<S>(x, place(stage, r, v));
+    read<S>(x, place(stage, r, v, 0));
   }
   __device__ __forceinline__ void read_dz(float (&x)[kCols], int stage, int r, int v) const {
-    read<X>(x, place(stage, r, v) + kChunksS * kStride);
+    read<X>(x, place(stage, r, v, kChunksS));
   }
   __device__ __forceinline__ void read_dstream(float (&x)[kCols], int stage, int r, int v) const {
-    read<S>(x, place(stage, r, v) + (kChunksS + kChunksX) * kStride);
+    read<S>(x, place(stage, r, v, kChunksS + kChunksX));
   }
 
  private:
-  static constexpr uint32_t kStride = 16 * kBackwardThreads;  // from chunk to chunk of a thread
-
-  __device__ __forceinline__ uint32_t place(int stage, int r, int v) const {
-    return own_ + stage * kStageBytes + (r * kBackwardVectors + v) * (kChunks * kStride);
+  __device__ __forceinline__ uint32_t place(int stage, int r, int v, int chunk) const {
+    return own_ + stage * kBytes + ((r * kBackwardVectors + v) * kChunks + chunk) * kChunkBytes;
   }
   template <int kCount>
   __device__ __forceinline__ static void copy(uint32_t target, const void* source, bool exists) {
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
-      ptx::cp_async_16(target + c * kStride, static_cast<const uint4*>(source) + c,
+      ptx::cp_async_16(target + c * kChunkBytes, static_cast<const uint4*>(source) + c,
                        exists ? 16 : 0);
     }
   }
@@ -72,18 +71,22 @@ class OwnStages {
   __device__ __forceinline__ static void read(float (&x)[kCols], uint32_t from) {
     Raw<Element> raw;
 #pragma unroll
-    for (int c = 0; c < raw.kChunks; ++c) raw.chunk[c] = ptx::load_shared_16(from + c * kStride);
+    for (int c = 0; c < raw.kChunks; ++c) {
+      raw.chunk[c] = ptx::load_shared_16(from + c * kChunkBytes);
+    }
     raw.widen(x);
   }
 
   uint32_t own_;
 };
 
-// The weight of a thread's columns there.
+// The weight of a thread's columns there, as floats: what all rows need finds no place in the rest
+// of L1.
 class OwnWeight {
  public:
   __device__ explicit OwnWeight(char* memory)
-      : own_(ptx::shared_address(memory) + 16 * threadIdx.x) {}
+      : own_(ptx::shared_address(memory) + threadIdx.x / 32 * kBackwardWeightBytes +
+             16 * (threadIdx.x % 32)) {}
 
   __device__ __forceinline__ void write(const float (&x)[kCols], int v) const {
 #pragma unroll
@@ -96,7 +99,7 @@ class OwnWeight {
 
  private:
   __device__ __forceinline__ uint32_t place(int v, int c) const {
-    return own_ + (2 * v + c) * 16 * kBackwardThreads;
+    return own_ + (2 * v + c) * kChunkBytes;
   }
 
   uint32_t own_;
@@ -117,16 +120,14 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const int width = static_cast<int>(p.width), rows = static_cast<int>(p.rows);
   const int column = kWarpColumns * (cta_warp - first_warp) + kCols * lane;
   const uint32_t entry = blockIdx.y, cta = blockIdx.x;
-  bool has_column[kVectors];
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) has_column[v] = column + 32 * kCols * v < width;
+  auto has_column = [&](int v) { return column + 32 * kCols * v < width; };
 
   // The team's units, and their rows on the way
   const int step = layout.ctas * layout.teams;
   auto first_row = [&](int unit) { return kRows == 2 ? unit / 8 * 16 + unit % 8 : unit; };
   auto has_row = [&](int row, int r) { return r == 0 || row + 8 < rows; };
   auto offset = [&](int r, int v) { return r * 8 * int64_t{width} + 32 * kCols * v; };
-  const OwnStages<X, S, kRows> stages(shared_memory);
+  const OwnStages<X, S, kRows> stages(shared_memory, layout.stages);
   const auto* stream =
       static_cast<const S*>(p.stream.data) + entry * p.stream.entry_stride + column;
   const auto* dz = static_cast<const X*>(p.dz.data) + entry * p.dz.entry_stride + column;
@@ -134,9 +135,9 @@ __global__ void __launch_bounds__(kBackwardThreads)
       static_cast<const S*>(p.dstream.data) + entry * p.dstream.entry_stride + column;
   auto copy = [&](int stage, int r, int v, int row) {
     const int64_t from = int64_t{row} * width + offset(r, v);
-    stages.copy_stream(stage, r, v, stream + from, has_column[v]);
-    stages.copy_dz(stage, r, v, dz + from, has_column[v]);
-    if (p.dstream.data) stages.copy_dstream(stage, r, v, dstream + from, has_column[v]);
+    stages.copy_stream(stage, r, v, stream + from, has_column(v));
+    stages.copy_dz(stage, r, v, dz + from, has_column(v));
+    if (p.dstream.data) stages.copy_dstream(stage, r, v, dstream + from, has_column(v));
   };
   int unit = cta * layout.teams + team;
   for (int stage = 0; stage < layout.stages; ++stage) {
@@ -150,8 +151,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     ptx::cp_async_commit();
   }
 
-  // The weight in shared memory, as floats: what all rows need finds no place in the rest of L1
-  const OwnWeight weights(shared_memory + layout.stages * OwnStages<X, S, kRows>::kStageBytes);
+  const OwnWeight weights(shared_memory + blockDim.x / 32 * layout.stages * stages.kBytes);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int at = column + 32 * kCols * v;
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
       of_one[r] = -along * shift[r] - (p.is_rms ? 0.0f : total);
     }
     const int64_t own = (int64_t{entry} * rows + row) * width + column;
-#pragma unroll
+#pragma unroll(kHasDropout ? 1 : kVectors)
     for (int v = 0; v < kVectors; ++v) {
       float weight[kCols];
       weights.read(weight, v);
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
           for (int i = 0; i < kCols; ++i) ds[i] += a[i];
         }
         if (ahead < layout.units && has_row(row_ahead, r)) copy(stage, r, v, row_ahead);
-        if (p.dresidual && has_column[v]) {
+        if (p.dresidual && has_column(v)) {
           Raw<S>::narrow(ds).store(static_cast<S*>(p.dresidual) + own + offset(r, v));
         }
         if (kHasDropout) {
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
             ds[i] = draws.keeps(p, i) ? ds[i] * p.dropout_scale : 0.0f;
           }
         }
-        if (has_column[v]) {
+        if (has_column(v)) {
           Raw<X>::narrow(ds).store(static_cast<X*>(p.dx) + own + offset(r, v));
         }
       }
@@ -314,12 +314,13 @@ __global__ void __launch_bounds__(kBackwardThreads)
 template <typename X>
 const char* backward_common(const BackwardParams& p, const Layout& layout, cudaStream_t stream) {
   auto run = [&]<typename S>(S) {
+    const int warps = layout.warps * layout.teams;
     const int bytes =
-        layout.stages * backward_stage_bytes(sizeof(X), sizeof(S)) + kBackwardWeightBytes;
+        warps * (layout.stages * backward_stage_bytes(sizeof(X), sizeof(S)) + kBackwardWeightBytes);
     auto* kernel = p.dropout_threshold ? backward_common_kernel<X, S, true>
                                        : backward_common_kernel<X, S, false>;
     return launch(kernel, p, layout, dim3(layout.ctas, static_cast<unsigned>(p.entries)),
-                  32 * layout.warps * layout.teams, bytes, stream);
+                  32 * warps, bytes, stream);
   };
   return p.stream_dtype == p.dtype ? run(X{}) : run(float{});
 }

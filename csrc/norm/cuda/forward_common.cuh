@@ -16,13 +16,13 @@
 
 namespace jax_flash::norm {
 
-template <typename X, typename S, bool kHasDropout,
-          int kVectors = kForwardVectors<X, S, kHasDropout>,
-          int kThreads = kForwardThreads<X, S, kHasDropout>, int kMinCtas = 768 / kThreads>
+template <typename X, typename S, bool kHasDropout, bool kCopies = kHasDropout,
+          int kThreads = kForwardThreads, int kMinCtas = 2>
 __global__ void __launch_bounds__(kThreads, kMinCtas)
     forward_common_kernel(const __grid_constant__ ForwardParams p,
                           const __grid_constant__ Layout layout) {
-  constexpr int kRows = kHasDropout ? 2 : 1, kWarpColumns = 32 * kCols * kVectors;
+  constexpr int kRows = kHasDropout ? 2 : 1, kVectors = kForwardVectors;
+  constexpr int kWarpColumns = 32 * kCols * kVectors;
   constexpr bool kIsRounded = sizeof(S) == 2;  // then mean and rsigma are those of rounded columns
   __shared__ float2 parts[kRows][2][16];       // [row][exact, kept][warp]: mean, squares about it
 
@@ -47,27 +47,57 @@ __global__ void __launch_bounds__(kThreads, kMinCtas)
   const auto* x = at(static_cast<const X*>(p.x.data), entry * p.x.entry_stride + own);
   const auto* residual =
       at(static_cast<const S*>(p.residual.data), entry * p.residual.entry_stride + own);
+  constexpr int kChunks = Raw<X>::kChunks + Raw<S>::kChunks;
+  extern __shared__ __align__(16) char shared_memory[];  // [warp][row][vector][x, residual][lane]
+  const uint32_t own_place = ptx::shared_address(shared_memory) + 16 * lane +
+                             cta_warp * (kRows * kVectors * kChunks * kChunkBytes);
+  auto place = [&](int r, int v, int chunk) {
+    return own_place + ((r * kVectors + v) * kChunks + chunk) * kChunkBytes;
+  };
   Raw<X> raw_x[kRows][kVectors];
   Raw<S> raw_residual[kRows][kVectors];
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (has_row[r] && has_column[v]) raw_x[r][v] = Raw<X>::load(x + offset(r, v));
-    }
-  }
-  if (p.residual.data) {
+  if constexpr (kCopies) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        if (has_row[r] && has_column[v]) raw_residual[r][v] = Raw<S>::load(residual + offset(r, v));
+        const int bytes = has_row[r] && has_column[v] ? 16 : 0;
+#pragma unroll
+        for (int c = 0; c < Raw<X>::kChunks; ++c) {
+          ptx::cp_async_16(place(r, v, c), reinterpret_cast<const uint4*>(x + offset(r, v)) + c,
+                           bytes);
+        }
+#pragma unroll
+        for (int c = 0; c < Raw<S>::kChunks; ++c) {
+          ptx::cp_async_16(place(r, v, Raw<X>::kChunks + c),
+                           reinterpret_cast<const uint4*>(residual + offset(r, v)) + c,
+                           p.residual.data ? bytes : 0);
+        }
+      }
+    }
+    ptx::cp_async_commit();
+  } else {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (has_row[r] && has_column[v]) raw_x[r][v] = Raw<X>::load(x + offset(r, v));
+      }
+    }
+    if (p.residual.data) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (has_row[r] && has_column[v])
+            raw_residual[r][v] = Raw<S>::load(residual + offset(r, v));
+        }
       }
     }
   }
 
-  // Draws, while the loads are on their way
-  Draws draws[kHasDropout ? kRows : 1][kHasDropout ? kVectors : 1];
+  // Draws, while the loads are on their way: bit 8 v + i for column i of vector v
+  uint32_t kept[kRows] = {};
   if constexpr (kHasDropout) {
     const DropoutKey key(p, entry);
     uint32_t id[kRows] = {};
@@ -75,38 +105,45 @@ __global__ void __launch_bounds__(kThreads, kMinCtas)
     for (int r = 0; r < kRows; ++r) {
       if (has_row[r]) id[r] = p.row_ids.data[entry * p.row_ids.entry_stride + first + 8 * r];
     }
-#pragma unroll
+#pragma unroll 1
     for (int v = 0; v < kVectors; ++v) {
+      Draws draws;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const bool again = r > 0 && (id[0] ^ id[kRows - 1]) == 8;
-        if (again) draws[r][v] = draws[0][v];
-        draws[r][v].draw(key, kDropoutHead, id[r], again, column + 32 * kCols * v);
+        draws.draw(key, kDropoutHead, id[r], again, column + 32 * kCols * v);
+        kept[r] |= draws.kept(p) << 8 * v;
       }
     }
   }
 
   // s, its sums, and the stream
   auto* stream = at(static_cast<S*>(p.stream), own_result);
+  if constexpr (kCopies) ptx::cp_async_wait<0>();
   float s[kRows][kVectors][kCols], sums[kRows] = {};
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float a[kCols];
+      if constexpr (kCopies) {
+#pragma unroll
+        for (int c = 0; c < Raw<X>::kChunks; ++c)
+          raw_x[r][v].chunk[c] = ptx::load_shared_16(place(r, v, c));
+#pragma unroll
+        for (int c = 0; c < Raw<S>::kChunks; ++c)
+          raw_residual[r][v].chunk[c] = ptx::load_shared_16(place(r, v, Raw<X>::kChunks + c));
+      }
       raw_x[r][v].widen(a);
       raw_residual[r][v].widen(s[r][v]);
 #pragma unroll
       for (int i = 0; i < kCols; ++i) {
-        if constexpr (kHasDropout) {
-          s[r][v][i] += draws[r][v].keeps(p, i) ? a[i] * p.dropout_scale : 0.0f;
-        } else {
-          s[r][v][i] += a[i];
-        }
+        if (kHasDropout) a[i] = kept[r] >> (8 * v + i) & 1 ? a[i] * p.dropout_scale : 0.0f;
+        s[r][v][i] += a[i];
         sums[r] += s[r][v][i];
       }
-      const auto kept = Raw<S>::narrow(s[r][v]);
-      if (p.stream != nullptr && has_row[r] && has_column[v]) kept.store(stream + offset(r, v));
+      const auto rounded = Raw<S>::narrow(s[r][v]);
+      if (p.stream != nullptr && has_row[r] && has_column[v]) rounded.store(stream + offset(r, v));
     }
   }
 
@@ -123,11 +160,11 @@ __global__ void __launch_bounds__(kThreads, kMinCtas)
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const float about = has_column[v] ? mean : 0.0f;
-      float kept[kCols];
-      if (kIsRounded) Raw<S>::narrow(s[r][v]).widen(kept);
+      float rounded[kCols];
+      if (kIsRounded) Raw<S>::narrow(s[r][v]).widen(rounded);
 #pragma unroll
       for (int i = 0; i < kCols; ++i) {
-        const float apart = s[r][v][i] - about, kept_apart = kept[i] - about;
+        const float apart = s[r][v][i] - about, kept_apart = rounded[i] - about;
         squares[0] += apart * apart;
         if (!kIsRounded) continue;
         squares[1] += kept_apart;
@@ -211,10 +248,12 @@ __global__ void __launch_bounds__(kThreads, kMinCtas)
 template <typename X>
 const char* forward_common(const ForwardParams& p, cudaStream_t stream) {
   auto run = [&]<typename S, bool kHasDropout>() {
-    const Layout layout = forward_layout(p, kForwardVectors<X, S, kHasDropout>);
+    const Layout layout = forward_layout(p);
+    const int warps = layout.warps * layout.teams;
+    const int warp_bytes = kHasDropout ? 4 * (Raw<X>::kChunks + Raw<S>::kChunks) * kChunkBytes : 0;
     return launch(forward_common_kernel<X, S, kHasDropout>, p, layout,
-                  dim3(layout.ctas, static_cast<unsigned>(p.entries)),
-                  32 * layout.warps * layout.teams, 0, stream);
+                  dim3(layout.ctas, static_cast<unsigned>(p.entries)), 32 * warps,
+                  warps * warp_bytes, stream);
   };
   auto with_stream = [&]<typename S>(S) {
     return p.dropout_threshold ? run.template operator()<S, true>()

@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "device/vector.cuh"
+#include "device/warp.cuh"
 #include "norm/cuda/instances.h"
 #include "norm/launch.h"
 
@@ -72,29 +73,34 @@ struct Results {
   float* of[kSums];
 };
 
-// result[sum][entry][column] = sum over ctas of partials[sum][entry][cta][column], in this order:
-// 16 threads a column, each every 16th CTA, then these.
-constexpr int kSplits = 16;
+// result[sum][entry][column] = sum over ctas of partials[sum][entry][cta][column], in a fixed
+// order: a warp's lanes have 32 columns, and every 32nd CTA's; then each warp adds up one of the
+// columns.
+constexpr int kSplits = 32, kAtOnce = 8;
 
 __global__ void sum_kernel(const float* partials, const __grid_constant__ Results results,
                            int64_t entries, int64_t num_partials, int ctas, int64_t width) {
-  __shared__ float sums[kSplits][32];
+  __shared__ float sums[kSplits][kSplits + 1];
   const int64_t tiles = (width + 31) / 32;
-  const int64_t entry = blockIdx.x / tiles, column = blockIdx.x % tiles * 32 + threadIdx.x;
-  const float* from =
-      partials + ((blockIdx.y * entries + entry) * num_partials + threadIdx.y) * width + column;
+  const int64_t entry = blockIdx.x / tiles, first = blockIdx.x % tiles * 32;
+  const int64_t column = first + threadIdx.x;
+  const float* from = partials + (blockIdx.y * entries + entry) * num_partials * width + column;
   float sum = 0.0f;
-  if (column < width) {
-#pragma unroll 8
-    for (int cta = threadIdx.y; cta < ctas; cta += kSplits, from += kSplits * width) sum += *from;
+  for (int cta = threadIdx.y; cta < ctas; cta += kAtOnce * kSplits) {
+    float x[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int other = cta + k * kSplits;
+      x[k] = other < ctas && column < width ? from[other * width] : 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) sum += x[k];
   }
   sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || column >= width) return;
-  float total = 0.0f;
-#pragma unroll
-  for (int split = 0; split < kSplits; ++split) total += sums[split][threadIdx.x];
-  results.of[blockIdx.y][entry * width + column] = total;
+  __syncthreads();  // all warps' sums are there
+  const float total = device::warp_sum(sums[threadIdx.x][threadIdx.y]);
+  const int64_t own = first + threadIdx.y;
+  if (threadIdx.x == 0 && own < width) results.of[blockIdx.y][entry * width + own] = total;
 }
 
 const char* sum(const BackwardParams& p, int ctas, cudaStream_t stream) {
@@ -143,7 +149,7 @@ const char* launch_norm_backward(const BackwardParams& p, cudaStream_t stream) {
   Wishes wishes;
   wishes.is_aligned =
       are_aligned(p, {p.stream.data, p.dz.data, p.dz1.data, p.dstream.data, p.x.data, p.weight.data,
-                      p.weight1.data, p.layerscale.data, p.dx, p.dx1, p.dresidual});
+                      p.weight1.data, p.layerscale.data, p.dx, p.dx1, p.dresidual, p.partials});
   if (may_be_common(p) && wishes.is_aligned && !p.dx1) {
     Layout layout;
     if (const char* error = backward_layout(p, layout)) return error;

@@ -17,37 +17,35 @@ struct Layout {
 
 inline constexpr int kCommonWidth = 8192, kCommonEntries = 65535;
 
-// The forward: vectors of 8 columns that a thread has in a row, and threads of a CTA at most.
-template <typename X, typename S, bool kHasDropout>
-inline constexpr int kForwardVectors = sizeof(X) + sizeof(S) == 4 && !kHasDropout ? 4 : 2;
-template <typename X, typename S, bool kHasDropout>
-inline constexpr int kForwardThreads = kCommonWidth / kCols / kForwardVectors<X, S, kHasDropout>;
+// Vectors of 8 columns that a thread has in each row.
+inline constexpr int kForwardVectors = 2, kBackwardVectors = 2;
+inline constexpr int kForwardThreads = kCommonWidth / kCols / kForwardVectors;  // of a CTA at most
+inline constexpr int kChunkBytes = 32 * 16;  // of a warp: 16 of each lane
 
-// The backward: threads of a CTA, which fills an SM (128 registers each), and vectors of 8 columns
-// in a thread. A unit is a pair of rows; with a float32 stream, of which pairs would take too much
-// shared memory, it is one row.
-inline constexpr int kBackwardThreads = 512, kBackwardVectors = 2;
+// The backward: threads of a CTA, which fills an SM (128 registers each). A unit is a pair of rows;
+// with a float32 stream, of which pairs would take too much shared memory, it is one row.
+inline constexpr int kBackwardThreads = 512;
 template <int kStreamBytes>
 inline constexpr int kBackwardRows = kStreamBytes == 2 ? 2 : 1;
 
-// Shared memory for a unit of every team: elements of the stream, dz and dstream; and for weights.
+// A warp's shared memory for a unit (elements of the stream, dz and dstream), and for weights.
 constexpr int backward_stage_bytes(int64_t x_bytes, int64_t stream_bytes) {
   return static_cast<int>((x_bytes + 2 * stream_bytes) * (stream_bytes == 2 ? 2 : 1)) * kCols *
-         kBackwardVectors * kBackwardThreads;
+         kBackwardVectors * 32;
 }
-inline constexpr int kBackwardWeightBytes = 4 * kCols * kBackwardVectors * kBackwardThreads;
+inline constexpr int kBackwardWeightBytes = 4 * kCols * kBackwardVectors * 32;
 
 // A CTA is one team, or four where a team is one warp: a CTA with named barriers would count as one
 // that has all 16 of them, of 64 that an SM has.
-inline Layout forward_layout(const Problem& p, int vectors) {
+inline Layout forward_layout(const Problem& p) {
   Layout layout;
-  const int warp_columns = 32 * kCols * vectors;
-  layout.warps = static_cast<int>((p.width + warp_columns - 1) / warp_columns);
+  constexpr int kWarpColumns = 32 * kCols * kForwardVectors;
+  layout.warps = static_cast<int>((p.width + kWarpColumns - 1) / kWarpColumns);
   layout.teams = layout.warps == 1 ? 4 : 1;
   layout.units = static_cast<int>(num_units(p.rows, p.dropout_threshold > 0));
   layout.ctas = (layout.units + layout.teams - 1) / layout.teams;
   layout.per_column = 1.0f / p.width;
-  layout.per_last_column = 1.0f / (p.width - warp_columns * (layout.warps - 1));
+  layout.per_last_column = 1.0f / (p.width - kWarpColumns * (layout.warps - 1));
   return layout;
 }
 
@@ -57,16 +55,19 @@ inline const char* backward_layout(const BackwardParams& p, Layout& layout) {
   if (const char* error = device.read()) return error;
   const int64_t stream_bytes = item_bytes(p.stream_dtype);
   constexpr int kWarpColumns = 32 * kCols * kBackwardVectors, kStaticBytes = 1024;
-  layout.per_column = 1.0f / p.width;
   layout.warps = static_cast<int>((p.width + kWarpColumns - 1) / kWarpColumns);
   layout.units = static_cast<int>(num_units(p.rows, stream_bytes == 2));
-  // As many teams as fit and have something to do; there are 15 named barriers
-  const int64_t fit = kBackwardThreads / 32 / layout.warps,
-                busy = layout.units * p.entries / device.sms;
-  layout.teams = static_cast<int>(
-      std::clamp<int64_t>(busy, 1, layout.warps > 1 ? std::min<int64_t>(fit, 15) : fit));
-  const int for_stages = device.shared_bytes - kStaticBytes - kBackwardWeightBytes;
-  layout.stages = std::min(4, for_stages / backward_stage_bytes(item_bytes(p.dtype), stream_bytes));
+  layout.per_column = 1.0f / p.width;
+  // As many teams as have something to do and fit; there are 15 named barriers
+  const int64_t most = std::min(kBackwardThreads / 32 / layout.warps, layout.warps > 1 ? 15 : 16);
+  const int64_t busy = layout.units * p.entries / device.sms;
+  layout.teams = static_cast<int>(std::clamp<int64_t>(busy, 1, most));
+  const int stage_bytes = backward_stage_bytes(item_bytes(p.dtype), stream_bytes);
+  for (;; --layout.teams) {
+    const int of_warp = (device.shared_bytes - kStaticBytes) / (layout.warps * layout.teams);
+    layout.stages = std::clamp((of_warp - kBackwardWeightBytes) / stage_bytes, 0, 4);
+    if (layout.stages >= 2 || layout.teams == 1) break;
+  }
   const int64_t wanted = (layout.units + layout.teams - 1) / layout.teams;
   const int64_t share = std::max<int64_t>(1, (device.sms + p.entries - 1) / p.entries);
   layout.ctas = static_cast<int>(std::min({wanted, share, p.num_partials}));

@@ -152,9 +152,11 @@ inline int shared_bytes(const Plan& plan) {
 template <typename Params, typename Shape>
 const char* launch(void (*kernel)(Params, Shape), const Params& p, const Shape& shape, dim3 grid,
                    int threads, int shared_bytes, cudaStream_t stream) {
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10) {  // what every kernel may have
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
   kernel<<<grid, threads, shared_bytes, stream>>>(p, shape);
   error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

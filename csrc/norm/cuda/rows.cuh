@@ -206,7 +206,7 @@ class Stages {
   __device__ __forceinline__ void copy_rows(int index, int stage, const Unit& unit, Named&& named) {
     const Operand& operand = plan_.operands[index];
     if (operand.data == nullptr) return;
-    const int item_bytes = operand.item_bytes;
+    const int item_bytes = sizeof(X) == 4 || operand.item_bytes == 4 ? 4 : 2;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (unit.row[r] < 0) continue;
