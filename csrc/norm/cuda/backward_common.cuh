@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
       of_one[r] = -along * shift[r] - (p.is_rms ? 0.0f : total);
     }
     const int64_t own = (int64_t{entry} * rows + row) * width + column;
-#pragma unroll(kHasDropout ? 1 : kVectors)
+#pragma unroll(kHasDropout&& kRows == 1 ? 1 : kVectors)
     for (int v = 0; v < kVectors; ++v) {
       float weight[kCols];
       weights.read(weight, v);
@@ -314,13 +314,9 @@ __global__ void __launch_bounds__(kBackwardThreads)
 template <typename X>
 const char* backward_common(const BackwardParams& p, const Layout& layout, cudaStream_t stream) {
   auto run = [&]<typename S>(S) {
-    const int warps = layout.warps * layout.teams;
-    const int bytes =
-        warps * (layout.stages * backward_stage_bytes(sizeof(X), sizeof(S)) + kBackwardWeightBytes);
     auto* kernel = p.dropout_threshold ? backward_common_kernel<X, S, true>
                                        : backward_common_kernel<X, S, false>;
-    return launch(kernel, p, layout, dim3(layout.ctas, static_cast<unsigned>(p.entries)),
-                  32 * warps, bytes, stream);
+    return launch(kernel, p, layout, stream);
   };
   return p.stream_dtype == p.dtype ? run(X{}) : run(float{});
 }

@@ -16,9 +16,57 @@
 
 namespace jax_flash::norm {
 
-template <typename X, typename S, bool kHasDropout, bool kCopies = kHasDropout,
-          int kThreads = kForwardThreads, int kMinCtas = 2>
-__global__ void __launch_bounds__(kThreads, kMinCtas)
+// 16 bytes a time of a pair's rows in shared memory, [warp][row][vector][x, residual][lane]: every
+// thread copies what it will read itself.
+template <typename X, typename S>
+class OwnPair {
+ public:
+  __device__ explicit OwnPair(char* memory)
+      : own_(ptx::shared_address(memory) + threadIdx.x / 32 * kWarpBytes +
+             16 * (threadIdx.x % 32)) {}
+
+  // What does not exist is zeros.
+  __device__ __forceinline__ void copy_x(int r, int v, const X* source, bool exists) const {
+    copy<X>(place(r, v), source, exists);
+  }
+  __device__ __forceinline__ void copy_residual(int r, int v, const S* source, bool exists) const {
+    copy<S>(place(r, v) + Raw<X>::kChunks * kChunkBytes, source, exists);
+  }
+  __device__ __forceinline__ Raw<X> x(int r, int v) const { return read<X>(place(r, v)); }
+  __device__ __forceinline__ Raw<S> residual(int r, int v) const {
+    return read<S>(place(r, v) + Raw<X>::kChunks * kChunkBytes);
+  }
+
+ private:
+  static constexpr int kBytes = (Raw<X>::kChunks + Raw<S>::kChunks) * kChunkBytes;  // of a vector
+  static constexpr int kWarpBytes = 2 * kForwardVectors * kBytes;
+
+  __device__ __forceinline__ uint32_t place(int r, int v) const {
+    return own_ + (r * kForwardVectors + v) * kBytes;
+  }
+  template <typename Element>
+  __device__ __forceinline__ static void copy(uint32_t target, const Element* source, bool exists) {
+#pragma unroll
+    for (int c = 0; c < Raw<Element>::kChunks; ++c) {
+      ptx::cp_async_16(target + c * kChunkBytes, reinterpret_cast<const uint4*>(source) + c,
+                       exists ? 16 : 0);
+    }
+  }
+  template <typename Element>
+  __device__ __forceinline__ static Raw<Element> read(uint32_t from) {
+    Raw<Element> raw;
+#pragma unroll
+    for (int c = 0; c < raw.kChunks; ++c) {
+      raw.chunk[c] = ptx::load_shared_16(from + c * kChunkBytes);
+    }
+    return raw;
+  }
+
+  uint32_t own_;
+};
+
+template <typename X, typename S, bool kHasDropout>
+__global__ void __launch_bounds__(kForwardThreads, 2)
     forward_common_kernel(const __grid_constant__ ForwardParams p,
                           const __grid_constant__ Layout layout) {
   constexpr int kRows = kHasDropout ? 2 : 1, kVectors = kForwardVectors;
@@ -47,54 +95,25 @@ __global__ void __launch_bounds__(kThreads, kMinCtas)
   const auto* x = at(static_cast<const X*>(p.x.data), entry * p.x.entry_stride + own);
   const auto* residual =
       at(static_cast<const S*>(p.residual.data), entry * p.residual.entry_stride + own);
-  constexpr int kChunks = Raw<X>::kChunks + Raw<S>::kChunks;
-  extern __shared__ __align__(16) char shared_memory[];  // [warp][row][vector][x, residual][lane]
-  const uint32_t own_place = ptx::shared_address(shared_memory) + 16 * lane +
-                             cta_warp * (kRows * kVectors * kChunks * kChunkBytes);
-  auto place = [&](int r, int v, int chunk) {
-    return own_place + ((r * kVectors + v) * kChunks + chunk) * kChunkBytes;
-  };
+  extern __shared__ __align__(16) char shared_memory[];
+  const OwnPair<X, S> pair(shared_memory);
   Raw<X> raw_x[kRows][kVectors];
   Raw<S> raw_residual[kRows][kVectors];
-  if constexpr (kCopies) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int bytes = has_row[r] && has_column[v] ? 16 : 0;
-#pragma unroll
-        for (int c = 0; c < Raw<X>::kChunks; ++c) {
-          ptx::cp_async_16(place(r, v, c), reinterpret_cast<const uint4*>(x + offset(r, v)) + c,
-                           bytes);
-        }
-#pragma unroll
-        for (int c = 0; c < Raw<S>::kChunks; ++c) {
-          ptx::cp_async_16(place(r, v, Raw<X>::kChunks + c),
-                           reinterpret_cast<const uint4*>(residual + offset(r, v)) + c,
-                           p.residual.data ? bytes : 0);
-        }
-      }
-    }
-    ptx::cp_async_commit();
-  } else {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (has_row[r] && has_column[v]) raw_x[r][v] = Raw<X>::load(x + offset(r, v));
-      }
-    }
-    if (p.residual.data) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          if (has_row[r] && has_column[v])
-            raw_residual[r][v] = Raw<S>::load(residual + offset(r, v));
-        }
+    for (int r = 0; r < kRows; ++r) {
+      const bool exists = has_row[r] && has_column[v];
+      if (kHasDropout) {
+        pair.copy_x(r, v, x + offset(r, v), exists);
+        pair.copy_residual(r, v, residual + offset(r, v), exists && p.residual.data);
+      } else if (exists) {
+        raw_x[r][v] = Raw<X>::load(x + offset(r, v));
+        if (p.residual.data) raw_residual[r][v] = Raw<S>::load(residual + offset(r, v));
       }
     }
   }
+  if (kHasDropout) ptx::cp_async_commit();
 
   // Draws, while the loads are on their way: bit 8 v + i for column i of vector v
   uint32_t kept[kRows] = {};
@@ -119,20 +138,16 @@ __global__ void __launch_bounds__(kThreads, kMinCtas)
 
   // s, its sums, and the stream
   auto* stream = at(static_cast<S*>(p.stream), own_result);
-  if constexpr (kCopies) ptx::cp_async_wait<0>();
+  if (kHasDropout) ptx::cp_async_wait<0>();
   float s[kRows][kVectors][kCols], sums[kRows] = {};
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float a[kCols];
-      if constexpr (kCopies) {
-#pragma unroll
-        for (int c = 0; c < Raw<X>::kChunks; ++c)
-          raw_x[r][v].chunk[c] = ptx::load_shared_16(place(r, v, c));
-#pragma unroll
-        for (int c = 0; c < Raw<S>::kChunks; ++c)
-          raw_residual[r][v].chunk[c] = ptx::load_shared_16(place(r, v, Raw<X>::kChunks + c));
+      if (kHasDropout) {
+        raw_x[r][v] = pair.x(r, v);
+        raw_residual[r][v] = pair.residual(r, v);
       }
       raw_x[r][v].widen(a);
       raw_residual[r][v].widen(s[r][v]);
@@ -160,22 +175,30 @@ __global__ void __launch_bounds__(kThreads, kMinCtas)
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const float about = has_column[v] ? mean : 0.0f;
-      float rounded[kCols];
-      if (kIsRounded) Raw<S>::narrow(s[r][v]).widen(rounded);
 #pragma unroll
       for (int i = 0; i < kCols; ++i) {
-        const float apart = s[r][v][i] - about, kept_apart = rounded[i] - about;
+        const float apart = s[r][v][i] - about;
         squares[0] += apart * apart;
-        if (!kIsRounded) continue;
-        squares[1] += kept_apart;
-        squares[2] += kept_apart * kept_apart;
+      }
+      if constexpr (kIsRounded) {
+        float rounded[kCols];
+        Raw<S>::narrow(s[r][v]).widen(rounded);
+#pragma unroll
+        for (int i = 0; i < kCols; ++i) {
+          const float apart = rounded[i] - about;
+          squares[1] += apart;
+          squares[2] += apart * apart;
+        }
       }
     }
     float2 part{mean, 0.0f};
-    if (kIsRounded) {
+    if constexpr (kIsRounded) {
       part.y = device::warp_sums(squares);  // lanes from 0, 8, 16: of squares[0], [1], [2]
+      const float exact = __shfl_sync(kWarp, part.y, 0);
       const float distance = __shfl_sync(kWarp, part.y, 8);
-      if (lane == 16 && !p.is_rms) {
+      if (lane == 16 && p.stream == nullptr) {
+        part.y = exact;  // nothing is rounded
+      } else if (lane == 16 && !p.is_rms) {
         part.x += distance * share;
         part.y -= distance * share * distance;
       }
@@ -204,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, kMinCtas)
     if (!p.is_rms) distance = device::group_sum<16>(distance) * layout.per_column;
     squares = device::group_sum<16>(squares) * layout.per_column - distance * distance;
     const float mean = about + distance;
-    rsigma[r] = rsqrtf(squares + p.epsilon);
+    rsigma[r] = rsqrtf((squares < 0.0f ? 0.0f : squares) + p.epsilon);  // NaN stays
     if (lane == 16 && warp == 0 && has_row[r]) {
       const int64_t row = entry * p.rows + first + 8 * r;
       if (p.mean) p.mean[row] = mean;
@@ -246,20 +269,13 @@ __global__ void __launch_bounds__(kThreads, kMinCtas)
 }
 
 template <typename X>
-const char* forward_common(const ForwardParams& p, cudaStream_t stream) {
-  auto run = [&]<typename S, bool kHasDropout>() {
-    const Layout layout = forward_layout(p);
-    const int warps = layout.warps * layout.teams;
-    const int warp_bytes = kHasDropout ? 4 * (Raw<X>::kChunks + Raw<S>::kChunks) * kChunkBytes : 0;
-    return launch(forward_common_kernel<X, S, kHasDropout>, p, layout,
-                  dim3(layout.ctas, static_cast<unsigned>(p.entries)), 32 * warps,
-                  warps * warp_bytes, stream);
+const char* forward_common(const ForwardParams& p, const Layout& layout, cudaStream_t stream) {
+  auto run = [&]<typename S>(S) {
+    auto* kernel = p.dropout_threshold ? forward_common_kernel<X, S, true>
+                                       : forward_common_kernel<X, S, false>;
+    return launch(kernel, p, layout, stream);
   };
-  auto with_stream = [&]<typename S>(S) {
-    return p.dropout_threshold ? run.template operator()<S, true>()
-                               : run.template operator()<S, false>();
-  };
-  return p.stream_dtype == p.dtype ? with_stream(X{}) : with_stream(float{});
+  return p.stream_dtype == p.dtype ? run(X{}) : run(float{});
 }
 
 }  // namespace jax_flash::norm

@@ -7,7 +7,7 @@ namespace jax_flash::norm {
 
 // The common call (layout.h).
 template <typename X>
-const char* forward_common(const ForwardParams& params, cudaStream_t stream);
+const char* forward_common(const ForwardParams& params, const Layout& layout, cudaStream_t stream);
 template <typename X>
 const char* backward_common(const BackwardParams& params, const Layout& layout,
                             cudaStream_t stream);
@@ -20,5 +20,8 @@ template <typename X>
 const char* forward(const ForwardParams& params, const Plan& plan, cudaStream_t stream);
 template <typename X>
 const char* backward(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
+
+// The backward's second kernel (sums.cuh) on Hopper: a programmatic dependent of the first.
+const char* sum_as_dependent(const BackwardParams& params, int ctas, cudaStream_t stream);
 
 }  // namespace jax_flash::norm

@@ -2,9 +2,10 @@
 // the rows, and the sums of what the CTAs have summed.
 #include <initializer_list>
 
+#include "attention/cuda/architecture.h"
 #include "device/vector.cuh"
-#include "device/warp.cuh"
 #include "norm/cuda/instances.h"
+#include "norm/cuda/sums.cuh"
 #include "norm/launch.h"
 
 namespace jax_flash::norm {
@@ -69,49 +70,14 @@ const char* claim(const Problem& p, const Array<int32_t>& subset, int64_t compac
 
 // Sums over rows -------------------------------------------------------------------------------
 
-struct Results {
-  float* of[kSums];
+struct Nothing {
+  __device__ __forceinline__ static void wait() {}
 };
 
-// result[sum][entry][column] = sum over ctas of partials[sum][entry][cta][column], in a fixed
-// order: a warp's lanes have 32 columns, and every 32nd CTA's; then each warp adds up one of the
-// columns.
-constexpr int kSplits = 32, kAtOnce = 8;
-
-__global__ void sum_kernel(const float* partials, const __grid_constant__ Results results,
-                           int64_t entries, int64_t num_partials, int ctas, int64_t width) {
-  __shared__ float sums[kSplits][kSplits + 1];
-  const int64_t tiles = (width + 31) / 32;
-  const int64_t entry = blockIdx.x / tiles, first = blockIdx.x % tiles * 32;
-  const int64_t column = first + threadIdx.x;
-  const float* from = partials + (blockIdx.y * entries + entry) * num_partials * width + column;
-  float sum = 0.0f;
-  for (int cta = threadIdx.y; cta < ctas; cta += kAtOnce * kSplits) {
-    float x[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int other = cta + k * kSplits;
-      x[k] = other < ctas && column < width ? from[other * width] : 0.0f;
-    }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) sum += x[k];
-  }
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();  // all warps' sums are there
-  const float total = device::warp_sum(sums[threadIdx.x][threadIdx.y]);
-  const int64_t own = first + threadIdx.y;
-  if (threadIdx.x == 0 && own < width) results.of[blockIdx.y][entry * width + own] = total;
-}
-
 const char* sum(const BackwardParams& p, int ctas, cudaStream_t stream) {
-  Results results{};
-  unsigned num_results = 0;
-  for (int i = 0; i < kSums; ++i) {
-    if (result_of(p, i) != nullptr) results.of[num_results++] = result_of(p, i);
-  }
-  const dim3 grid(static_cast<unsigned>((p.width + 31) / 32 * p.entries), num_results);
-  sum_kernel<<<grid, dim3(32, kSplits), 0, stream>>>(p.partials, results, p.entries, p.num_partials,
-                                                     ctas, p.width);
+  if (attention::runs_sm90_kernels()) return sum_as_dependent(p, ctas, stream);
+  const Sums sums(p, ctas);
+  sum_kernel<Nothing><<<sums.grid, Sums::kBlock, 0, stream>>>(sums);
   return status();
 }
 
@@ -131,7 +97,12 @@ const char* launch_norm_forward(const ForwardParams& p, cudaStream_t stream) {
       p, {p.x.data, p.x1.data, p.residual.data, p.weight.data, p.bias.data, p.weight1.data,
           p.bias1.data, p.layerscale.data, p.z, p.z1, p.stream, p.mask, p.mask1});
   if (may_be_common(p) && wishes.is_aligned && p.x.data && !p.x1.data && !p.mask) {
-    return device::visit(p.dtype, [&]<typename X>() { return forward_common<X>(p, stream); });
+    Layout layout;
+    if (const char* error = forward_layout(p, layout)) return error;
+    if (layout.fits) {
+      return device::visit(p.dtype,
+                           [&]<typename X>() { return forward_common<X>(p, layout, stream); });
+    }
   }
   wishes.operands[0] = {p.x, p.dtype, p.x_subset.data ? Operand::kCompactX : Operand::kStream};
   wishes.operands[1] = {p.x1, p.dtype, Operand::kStream};
@@ -153,7 +124,7 @@ const char* launch_norm_backward(const BackwardParams& p, cudaStream_t stream) {
   if (may_be_common(p) && wishes.is_aligned && !p.dx1) {
     Layout layout;
     if (const char* error = backward_layout(p, layout)) return error;
-    if (layout.stages > 0) {
+    if (layout.fits) {
       const char* error = device::visit(
           p.dtype, [&]<typename X>() { return backward_common<X>(p, layout, stream); });
       return error ? error : sum(p, layout.ctas, stream);

@@ -10,9 +10,11 @@ namespace jax_flash::norm {
 struct Layout {
   int warps = 0, teams = 0;      // of a team, of a CTA
   int ctas = 0, units = 0;       // of one entry; a unit is a row or a pair
+  int stages = 0;                // backward: units of a team in shared memory, or on their way
+  int shared_bytes = 0;          // of a CTA
+  bool fits = true;              // into this GPU's shared memory
   float per_column = 0.0f;       // 1 / width
   float per_last_column = 0.0f;  // forward: of those that a team's last warp has
-  int stages = 0;                // backward: units of a team in shared memory, or on their way
 };
 
 inline constexpr int kCommonWidth = 8192, kCommonEntries = 65535;
@@ -21,6 +23,7 @@ inline constexpr int kCommonWidth = 8192, kCommonEntries = 65535;
 inline constexpr int kForwardVectors = 2, kBackwardVectors = 2;
 inline constexpr int kForwardThreads = kCommonWidth / kCols / kForwardVectors;  // of a CTA at most
 inline constexpr int kChunkBytes = 32 * 16;  // of a warp: 16 of each lane
+inline constexpr int kStaticBytes = 1024;    // of shared memory, at most
 
 // The backward: threads of a CTA, which fills an SM (128 registers each). A unit is a pair of rows;
 // with a float32 stream, of which pairs would take too much shared memory, it is one row.
@@ -37,24 +40,31 @@ inline constexpr int kBackwardWeightBytes = 4 * kCols * kBackwardVectors * 32;
 
 // A CTA is one team, or four where a team is one warp: a CTA with named barriers would count as one
 // that has all 16 of them, of 64 that an SM has.
-inline Layout forward_layout(const Problem& p) {
-  Layout layout;
+inline const char* forward_layout(const ForwardParams& p, Layout& layout) {
+  Device device;
+  if (const char* error = device.read()) return error;
   constexpr int kWarpColumns = 32 * kCols * kForwardVectors;
+  const bool has_dropout = p.dropout_threshold > 0;
   layout.warps = static_cast<int>((p.width + kWarpColumns - 1) / kWarpColumns);
   layout.teams = layout.warps == 1 ? 4 : 1;
-  layout.units = static_cast<int>(num_units(p.rows, p.dropout_threshold > 0));
+  layout.units = static_cast<int>(num_units(p.rows, has_dropout));
   layout.ctas = (layout.units + layout.teams - 1) / layout.teams;
+  if (has_dropout) {  // both rows of x and the residual
+    const int64_t column_bytes = 2 * (item_bytes(p.dtype) + item_bytes(p.stream_dtype));
+    layout.shared_bytes =
+        static_cast<int>(layout.warps * layout.teams * kWarpColumns * column_bytes);
+  }
+  layout.fits = layout.shared_bytes <= device.shared_bytes - kStaticBytes;
   layout.per_column = 1.0f / p.width;
   layout.per_last_column = 1.0f / (p.width - kWarpColumns * (layout.warps - 1));
-  return layout;
+  return nullptr;
 }
 
-// No stages: this GPU's shared memory is too small for the kernel.
 inline const char* backward_layout(const BackwardParams& p, Layout& layout) {
   Device device;
   if (const char* error = device.read()) return error;
   const int64_t stream_bytes = item_bytes(p.stream_dtype);
-  constexpr int kWarpColumns = 32 * kCols * kBackwardVectors, kStaticBytes = 1024;
+  constexpr int kWarpColumns = 32 * kCols * kBackwardVectors;
   layout.warps = static_cast<int>((p.width + kWarpColumns - 1) / kWarpColumns);
   layout.units = static_cast<int>(num_units(p.rows, stream_bytes == 2));
   layout.per_column = 1.0f / p.width;
@@ -68,10 +78,21 @@ inline const char* backward_layout(const BackwardParams& p, Layout& layout) {
     layout.stages = std::clamp((of_warp - kBackwardWeightBytes) / stage_bytes, 0, 4);
     if (layout.stages >= 2 || layout.teams == 1) break;
   }
+  layout.fits = layout.stages > 0;
+  layout.shared_bytes =
+      layout.warps * layout.teams * (layout.stages * stage_bytes + kBackwardWeightBytes);
   const int64_t wanted = (layout.units + layout.teams - 1) / layout.teams;
   const int64_t share = std::max<int64_t>(1, (device.sms + p.entries - 1) / p.entries);
   layout.ctas = static_cast<int>(std::min({wanted, share, p.num_partials}));
   return nullptr;
+}
+
+template <typename Params>
+const char* launch(void (*kernel)(Params, Layout), const Params& p, const Layout& layout,
+                   cudaStream_t stream) {
+  const dim3 grid(layout.ctas, static_cast<unsigned>(p.entries));
+  return launch(kernel, p, layout, grid, 32 * layout.warps * layout.teams, layout.shared_bytes,
+                stream);
 }
 
 }  // namespace jax_flash::norm

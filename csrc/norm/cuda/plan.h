@@ -153,7 +153,7 @@ template <typename Params, typename Shape>
 const char* launch(void (*kernel)(Params, Shape), const Params& p, const Shape& shape, dim3 grid,
                    int threads, int shared_bytes, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 << 10) {  // what every kernel may have
+  if (shared_bytes > 40 << 10) {  // with static memory less than the 48 KB all kernels may have
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
