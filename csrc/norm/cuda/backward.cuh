@@ -33,34 +33,11 @@ struct RowStatistics {
   }
 };
 
-// X: the type of dz and dx; S: that of the stream in the common forms.
-template <typename X, typename S, int kVectors_, Form kForm>
-struct BackwardTraits {
-  static constexpr int kRows = kRowsOfUnit<kVectors_>, kVectors = kVectors_;
-  static constexpr bool kAny = kForm == Form::kAny;
-  // The common forms have the stream, dz and dstream, in the order of the operands.
-  static constexpr int kOperands = kAny ? 5 : kDstream + 1;
-
-  __device__ static uint32_t offset(const Plan& plan, int index) {
-    if (kAny) return plan.operands[index].offset;
-    constexpr uint32_t kColumns = 32 * kCols * kVectors * kRows;
-    return index == kStream ? 0 : kColumns * (sizeof(S) + (index == kDz ? 0 : sizeof(X)));
-  }
-  __device__ static bool is_wide(const Plan& plan, int index) {
-    return kAny ? plan.operands[index].item_bytes == 4 : index != kDz && sizeof(S) == 4;
-  }
-};
-
-template <typename X, typename S, int kVectors, Form kForm>
+template <typename X, int kVectors>
 __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Plan plan) {
-  using Traits = BackwardTraits<X, S, kVectors, kForm>;
-  constexpr int kRows = Traits::kRows;
+  constexpr int kRows = kRowsOfUnit<kVectors>;
   constexpr int kValues = 2 * kRows, kLanes = 32 / kValues;  // two means of each row
-  constexpr bool kAny = Traits::kAny;
-  constexpr int kUnroll = kForm == Form::kPlain     ? kRows * kVectors
-                          : kForm == Form::kDropout ? 2
-                                                    : 1;
   extern __shared__ __align__(16) char shared_memory[];
   __shared__ float parts[2][kMaxThreads / 32][kValues];  // [unit parity][warp]
 
@@ -68,13 +45,11 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
   uint32_t entry_word = blockIdx.x / plan.ctas;
   int64_t entry = entry_word;
   const int cta = blockIdx.x % plan.ctas;
-  Stages<X, Traits> stages(team, plan, p.width, entry, shared_memory);
-  const bool has_dropout = kForm == Form::kDropout || (kAny && p.dropout_threshold > 0);
-  const bool is_aligned = !kAny || plan.is_aligned;
-  const bool is_wide_stream = kAny ? p.stream_dtype == DType::kF32 : sizeof(S) == 4;
+  Stages<X, kRows, kVectors, 5> stages(team, plan, p.width, entry, shared_memory);
+  const bool has_dropout = p.dropout_threshold > 0, is_aligned = plan.is_aligned;
+  const bool is_wide_stream = p.stream_dtype == DType::kF32;
   const bool is_wide_weight = p.weight_dtype == DType::kF32;
   DropoutKey key = has_dropout ? DropoutKey(p, entry) : DropoutKey{};
-  const float per_column = 1.0f / p.width;
   auto x_place = [&] { return Placement(p.x_subset, p.claims, p.x_rows, entry); };
   auto z_place = [&] { return Placement(p.out_subset, nullptr, p.out_rows, entry); };
   auto named = [&](Operand::Rows rows, int row) {
@@ -87,16 +62,6 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
             columns_left(p.width, column), is_aligned);
   };
 
-  const SharedVector<X> shared_weight(plan, shared_memory, 0, is_wide_weight);
-  if (!kAny) shared_weight.fill(p.weight, entry, p.width);
-  auto read_weight = [&](float (&weight)[kCols], int v) {
-    if (kAny) {
-      load_vector(weight, p.weight, v);
-    } else {
-      shared_weight.read(weight, team.column(v));
-    }
-  };
-
   // Sums over rows: two in registers, others in shared memory
   float dweight[kVectors][kCols] = {}, dbias[kVectors][kCols] = {};
   const int columns = plan.sums_bytes / 4;
@@ -105,9 +70,7 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
   auto add_to = [&](int sum, int v, int i, float value) {
     sums[sum * columns + team.column(v) + i] += value;
   };
-  if (kAny) {
-    for (int i = team.thread; i < plan.num_sums * columns; i += team.threads) sums[i] = 0.0f;
-  }
+  for (int i = team.thread; i < plan.num_sums * columns; i += team.threads) sums[i] = 0.0f;
   __syncthreads();
 
   Walk walk(plan, static_cast<int>(p.rows), cta * plan.teams + team.index, plan.ctas * plan.teams);
@@ -124,12 +87,12 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
     stages.fill(stage, exists, ahead, named);
   }
 
-  for (int stage = 0, parity = 0; walk.template next<kAny>(unit, x_place()); parity ^= 1) {
+  for (int stage = 0, parity = 0; walk.next(unit, x_place()); parity ^= 1) {
     entry_word = device::opaque(entry_word);  // else all that depends on it is computed ahead,
     entry = entry_word;                       // and spilled
     key.key0 = device::opaque(key.key0);
     key.key1 = device::opaque(key.key1);
-    const bool is_repeat = kAny && unit.is_repeat;
+    const bool is_repeat = unit.is_repeat;
     if (is_repeat) {
       read_scalars(unit, ids, statistics);
       stages.fill(stage, true, unit, named);
@@ -145,7 +108,7 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       float weight[kCols];
-      read_weight(weight, v);
+      load_vector(weight, p.weight, v);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if (unit.row[r] < 0) continue;
@@ -162,7 +125,7 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
           dweight[v][i] += d[i] * y[i];
           dbias[v][i] += d[i];
         }
-        if (kAny && p.dz1.data) {
+        if (p.dz1.data) {
           float weight1[kCols];
           load_vector(weight1, p.weight1, v);
           stages.read(d, kDz1, stage, r, v);
@@ -190,7 +153,7 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
       const int warp = first + team.lane % kLanes;
       if (warp < team.warps) of_row += part[warp][team.lane / kLanes];
     }
-    of_row = device::group_sum<kLanes>(of_row) * per_column;
+    of_row = device::group_sum<kLanes>(of_row) / p.width;
     float along[kRows], total[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -199,9 +162,9 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
       if (p.is_rms) total[r] = 0.0f;
     }
 
-    // Gradients of the rows, several at once where the sums above leave registers for it
+    // Gradients of the rows
     Draws draws;
-#pragma unroll(kUnroll)
+#pragma unroll 1
     for (int k = 0; k < kRows * kVectors; ++k) {
       const int v = k / kRows, r = k % kRows, row = r ? unit.row[1] : unit.row[0];
       if (row < 0) continue;
@@ -213,11 +176,11 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
 
       // ds = (dy - y * mean(dy * y) - mean(dy)) * rsigma + dstream
       float ds[kCols], d[kCols], weight[kCols];
-      read_weight(weight, v);
+      load_vector(weight, p.weight, v);
       stages.read(d, kDz, stage, r, v);
 #pragma unroll
       for (int i = 0; i < kCols; ++i) ds[i] = d[i] * weight[i];
-      if (kAny && p.dz1.data) {
+      if (p.dz1.data) {
         load_vector(weight, p.weight1, v);
         stages.read(d, kDz1, stage, r, v);
 #pragma unroll
@@ -239,21 +202,21 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
       // dx, and dx1, whose mask is another one
       const uint32_t id = r ? ids.id[1] : ids.id[0];
 #pragma unroll 1
-      for (int branch = 0; branch < (kAny && p.dx1 ? 2 : 1); ++branch) {
+      for (int branch = 0; branch < (p.dx1 ? 2 : 1); ++branch) {
 #pragma unroll
         for (int i = 0; i < kCols; ++i) d[i] = ds[i];
         if (has_dropout) {
-          const bool again = r > 0 && !(kAny && p.dx1) && ids.share_draws();
+          const bool again = r > 0 && !p.dx1 && ids.share_draws();
           draws.draw(key, kDropoutHead + branch, id, again, column);
 #pragma unroll
           for (int i = 0; i < kCols; ++i) d[i] = draws.keeps(p, i) ? d[i] * p.dropout_scale : 0.0f;
         }
-        if (kAny && p.rowscale.data) {
+        if (p.rowscale.data) {
           const float scale = scale_of_row(p, entry, row);
 #pragma unroll
           for (int i = 0; i < kCols; ++i) d[i] *= scale;
         }
-        if (kAny && p.layerscale.data) {
+        if (p.layerscale.data) {
           float factor[kCols];
           if (p.dlayerscale && !is_repeat) {
             stages.read(factor, kScaledX, stage, r, v);
@@ -267,11 +230,11 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
 #pragma unroll
           for (int i = 0; i < kCols; ++i) d[i] *= factor[i];
         }
-        const int x_row = kAny ? x_place().target(unit, row) : row;
+        const int x_row = x_place().target(unit, row);
         if (x_row < 0) continue;
         void* result = branch ? p.dx1 : p.dx;
         const int64_t index = (entry * p.x_rows + x_row) * p.width + column;
-        if (kAny && unit.adds) {
+        if (unit.adds) {
           float before[kCols];
           load<X>(before, result, false, index, count, is_aligned);
 #pragma unroll
@@ -322,21 +285,8 @@ __global__ void __launch_bounds__(kVectors > 2 ? kMaxThreads / 2 : kMaxThreads)
 
 template <typename X>
 const char* backward(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
-  auto run = [&](auto kernel) { return launch(kernel, p, plan, stream); };
-  auto common = [&]<int kVectors, Form kForm>() {
-    if (sizeof(X) == 2 && p.stream_dtype == DType::kF32) {
-      return run(backward_kernel<X, float, kVectors, kForm>);
-    }
-    return run(backward_kernel<X, X, kVectors, kForm>);
-  };
-  auto with_vectors = [&]<int kVectors>() {
-    return p.dropout_threshold ? common.template operator()<kVectors, Form::kDropout>()
-                               : common.template operator()<kVectors, Form::kPlain>();
-  };
-  if (plan.vectors > 2) return run(backward_kernel<X, X, kBackwardWideVectors, Form::kAny>);
-  if (!plan.is_common) return run(backward_kernel<X, X, 2, Form::kAny>);
-  return plan.vectors == 1 ? with_vectors.template operator()<1>()
-                           : with_vectors.template operator()<2>();
+  if (plan.vectors > 2) return launch(backward_kernel<X, kBackwardWideVectors>, p, plan, stream);
+  return launch(backward_kernel<X, 2>, p, plan, stream);
 }
 
 }  // namespace jax_flash::norm

@@ -18,7 +18,7 @@ enum ForwardOperand { kX, kX1, kResidual };
 
 // Mean and variance of kRows rows, of s and of s as the stream keeps it. Lane l has those of row
 // l / kLanes.
-template <typename X, int kRows, int kVectors, bool kAny>
+template <typename X, int kRows, int kVectors>
 class Moments {
  public:
   static constexpr int kLanes = 32 / kRows;
@@ -105,8 +105,7 @@ class Moments {
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int i = 0; i < kCols; ++i) {
-          const bool exists = (kAny ? i : 0) < count;
-          visit(r, v, i, exists ? means[r] : 0.0f);
+          visit(r, v, i, i < count ? means[r] : 0.0f);
         }
       }
     }
@@ -129,41 +128,21 @@ class Moments {
   bool is_rms_;
 };
 
-// X: the type of x and z; S: that of the stream in the common forms.
-template <typename X, typename S, int kVectors_, Form kForm>
-struct ForwardTraits {
-  static constexpr int kOperands = 3, kRows = kRowsOfUnit<kVectors_>, kVectors = kVectors_;
-  static constexpr bool kAny = kForm == Form::kAny;
-
-  __device__ static uint32_t offset(const Plan& plan, int index) {
-    if (kAny) return plan.operands[index].offset;
-    return index == kX ? 0 : 32 * kCols * kVectors * kRows * sizeof(X);
-  }
-  __device__ static bool is_wide(const Plan& plan, int index) {
-    return kAny ? plan.operands[index].item_bytes == 4 : index == kResidual && sizeof(S) == 4;
-  }
-};
-
-template <typename X, typename S, int kVectors, Form kForm>
-__global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? kPlainForwardThreads
-                                                                         : kMaxThreads)
+template <typename X, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads)
     forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ Plan plan) {
-  using Traits = ForwardTraits<X, S, kVectors, kForm>;
-  constexpr int kRows = Traits::kRows, kLanes = 32 / kRows;
-  constexpr bool kAny = kForm == Form::kAny;
+  constexpr int kRows = kRowsOfUnit<kVectors>, kLanes = 32 / kRows;
   extern __shared__ __align__(16) char shared_memory[];
-  __shared__ float2
-      parts[2][2][kPlainForwardThreads / 32][kRows];  // [unit parity][exact, kept][warp]
+  __shared__ float2 parts[2][2][kMaxThreads / 32][kRows];  // [unit parity][exact, kept][warp]
 
   const Team team(plan);
   uint32_t entry_word = blockIdx.x / plan.ctas;
   int64_t entry = entry_word;
   const int rows = static_cast<int>(p.rows), first_warp = team.index * team.warps;
-  Stages<X, Traits> stages(team, plan, p.width, entry, shared_memory);
-  const Moments<X, kRows, kVectors, kAny> moments(team, p.width, p.is_rms);
-  const bool has_dropout = kForm == Form::kDropout || (kAny && p.dropout_threshold > 0);
-  const bool is_aligned = !kAny || plan.is_aligned;
-  const bool is_wide_stream = kAny ? p.stream_dtype == DType::kF32 : sizeof(S) == 4;
+  Stages<X, kRows, kVectors, 3> stages(team, plan, p.width, entry, shared_memory);
+  const Moments<X, kRows, kVectors> moments(team, p.width, p.is_rms);
+  const bool has_dropout = p.dropout_threshold > 0, is_aligned = plan.is_aligned;
+  const bool is_wide_stream = p.stream_dtype == DType::kF32;
   const bool is_wide_weight = p.weight_dtype == DType::kF32;
   const bool is_rounded = sizeof(X) == 2 && !is_wide_stream && p.stream != nullptr;
   DropoutKey key = has_dropout ? DropoutKey(p, entry) : DropoutKey{};
@@ -177,14 +156,6 @@ __global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? kPlai
             is_aligned);
   };
 
-  const SharedVector<X> shared_weight(plan, shared_memory, 0, is_wide_weight);
-  const SharedVector<X> shared_bias(plan, shared_memory, 1, is_wide_weight);
-  if (!kAny) {
-    shared_weight.fill(p.weight, entry, p.width);
-    if (p.bias.data) shared_bias.fill(p.bias, entry, p.width);
-    __syncthreads();
-  }
-
   Walk walk(plan, rows, blockIdx.x % plan.ctas * plan.teams + team.index, plan.ctas * plan.teams);
   Unit unit, ahead;
   RowIds ids, next_ids;
@@ -194,12 +165,12 @@ __global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? kPlai
     stages.fill(stage, exists, ahead, named);
   }
 
-  for (int stage = 0, parity = 0; walk.template next<kAny>(unit, z_place()); parity ^= 1) {
+  for (int stage = 0, parity = 0; walk.next(unit, z_place()); parity ^= 1) {
     entry_word = device::opaque(entry_word);  // else all that depends on it is computed ahead,
     entry = entry_word;                       // and spilled
     key.key0 = device::opaque(key.key0);
     key.key1 = device::opaque(key.key1);
-    const bool is_repeat = kAny && unit.is_repeat;
+    const bool is_repeat = unit.is_repeat;
     if (is_repeat) {
       if (has_dropout) ids.read(p, entry, unit);
       stages.fill(stage, true, unit, named);
@@ -224,20 +195,20 @@ __global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? kPlai
         }
       }
 #pragma unroll 1
-      for (int branch = 0; branch < (kAny && p.x1.data ? 2 : 1); ++branch) {
+      for (int branch = 0; branch < (p.x1.data ? 2 : 1); ++branch) {
         Draws draws;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const int row = unit.row[r];
           if (row < 0) continue;
           float a[kCols] = {};
-          if (!kAny || p.x.data) stages.read(a, kX + branch, stage, r, v);  // else no compact row
-          if (kAny && p.rowscale.data) {
+          if (p.x.data) stages.read(a, kX + branch, stage, r, v);  // else no compact row
+          if (p.rowscale.data) {
             const float scale = scale_of_row(p, entry, row);
 #pragma unroll
             for (int i = 0; i < kCols; ++i) a[i] *= scale;
           }
-          if (kAny && p.layerscale.data) {
+          if (p.layerscale.data) {
             float factor[kCols];
             load_vector(factor, p.layerscale, column, count);
 #pragma unroll
@@ -253,7 +224,7 @@ __global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? kPlai
 #pragma unroll
           for (int i = 0; i < kCols; ++i) s[r][v][i] += a[i];
           uint8_t* mask = branch ? p.mask1 : p.mask;
-          if (kAny && mask != nullptr && !is_repeat) {
+          if (mask != nullptr && !is_repeat) {
             uint32_t kept = 0;
             if (branch || x_place().named(row) >= 0) kept = has_dropout ? draws.kept(p) : 0xff;
             store_mask(kept, mask + (entry * p.rows + row) * p.width + column, count, is_aligned);
@@ -305,7 +276,7 @@ __global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? kPlai
       }
     }
 #pragma unroll 1
-    for (int norm = 0; norm < (kAny && p.z1 ? 2 : 1); ++norm) {
+    for (int norm = 0; norm < (p.z1 ? 2 : 1); ++norm) {
       const Array<void>& weights = norm ? p.weight1 : p.weight;
       const Array<void>& biases = norm ? p.bias1 : p.bias;
       void* result = norm ? p.z1 : p.z;
@@ -313,23 +284,18 @@ __global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? kPlai
       for (int v = 0; v < kVectors; ++v) {
         const int column = team.column(v), count = columns_left(p.width, column);
         float weight[kCols], bias[kCols] = {};
-        if (kAny) {
-          load_vector(weight, weights, column, count);
-          if (biases.data) load_vector(bias, biases, column, count);
-        } else {
-          shared_weight.read(weight, column);
-          if (biases.data) shared_bias.read(bias, column);
-        }
+        load_vector(weight, weights, column, count);
+        if (biases.data) load_vector(bias, biases, column, count);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (unit.row[r] < 0) continue;
-          const int z_row = kAny ? z_place().target(unit, unit.row[r]) : unit.row[r];
+          const int z_row = z_place().target(unit, unit.row[r]);
           if (z_row < 0) continue;
           const int64_t index = (entry * p.out_rows + z_row) * p.width + column;
           float z[kCols];
 #pragma unroll
           for (int i = 0; i < kCols; ++i) z[i] = s[r][v][i] * weight[i] + bias[i];
-          if (kAny && unit.adds) {
+          if (unit.adds) {
             float before[kCols];
             load<X>(before, result, false, index, count, is_aligned);
 #pragma unroll
@@ -344,21 +310,8 @@ __global__ void __launch_bounds__(kVectors == 1 && kForm == Form::kPlain ? kPlai
 
 template <typename X>
 const char* forward(const ForwardParams& p, const Plan& plan, cudaStream_t stream) {
-  auto run = [&](auto kernel) { return launch(kernel, p, plan, stream); };
-  auto common = [&]<int kVectors, Form kForm>() {
-    if (sizeof(X) == 2 && p.stream_dtype == DType::kF32) {
-      return run(forward_kernel<X, float, kVectors, kForm>);
-    }
-    return run(forward_kernel<X, X, kVectors, kForm>);
-  };
-  auto with_vectors = [&]<int kVectors>() {
-    return p.dropout_threshold ? common.template operator()<kVectors, Form::kDropout>()
-                               : common.template operator()<kVectors, Form::kPlain>();
-  };
-  if (plan.vectors > 2) return run(forward_kernel<X, X, kForwardWideVectors, Form::kAny>);
-  if (!plan.is_common) return run(forward_kernel<X, X, 2, Form::kAny>);
-  return plan.vectors == 1 ? with_vectors.template operator()<1>()
-                           : with_vectors.template operator()<2>();
+  if (plan.vectors > 2) return launch(forward_kernel<X, kForwardWideVectors>, p, plan, stream);
+  return launch(forward_kernel<X, 2>, p, plan, stream);
 }
 
 }  // namespace jax_flash::norm

@@ -1,24 +1,27 @@
 // The kernels that exist, each compiled in a file of its own under instances/.
 #pragma once
 
-#include "norm/cuda/plan.h"
+#include "norm/cuda/layout.h"
 
 namespace jax_flash::norm {
 
-// What the instruction stream feels. The first two forms are the common call: aligned rows, one
-// branch, one norm, no scales, no subsets, no mask written; the type of the stream is S. kAny is
-// every call, with two vectors a thread or the number for wide rows.
-enum class Form { kPlain, kDropout, kAny };
+// The common call (layout.h).
+template <typename X>
+const char* forward_common(const ForwardParams& params, const Layout& layout, cudaStream_t stream);
+template <typename X>
+const char* backward_common(const BackwardParams& params, const Layout& layout,
+                            cudaStream_t stream);
 
-// Vectors a thread in rows wider than 8192. The backward's 256 threads have 255 registers: its two
-// sums of 8 * 8 columns take 128 of them.
+// Every call, with two vectors a thread or, in rows wider than 8192, the number below. The
+// backward's 256 threads have 255 registers: its two sums of 8 * 8 columns take 128 of them.
 inline constexpr int kForwardWideVectors = 4, kBackwardWideVectors = 8;
-// Threads of a CTA of the plain forward with one vector a thread, which needs 64 registers.
-inline constexpr int kPlainForwardThreads = 2 * kMaxThreads;
 
 template <typename X>
 const char* forward(const ForwardParams& params, const Plan& plan, cudaStream_t stream);
 template <typename X>
 const char* backward(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
+
+// The backward's second kernel (sums.cuh) on Hopper: a programmatic dependent of the first.
+const char* sum_as_dependent(const BackwardParams& params, int ctas, cudaStream_t stream);
 
 }  // namespace jax_flash::norm

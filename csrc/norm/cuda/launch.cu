@@ -2,8 +2,10 @@
 // the rows, and the sums of what the CTAs have summed.
 #include <initializer_list>
 
+#include "attention/cuda/architecture.h"
 #include "device/vector.cuh"
 #include "norm/cuda/instances.h"
+#include "norm/cuda/sums.cuh"
 #include "norm/launch.h"
 
 namespace jax_flash::norm {
@@ -68,81 +70,44 @@ const char* claim(const Problem& p, const Array<int32_t>& subset, int64_t compac
 
 // Sums over rows -------------------------------------------------------------------------------
 
-struct Results {
-  float* of[kSums];
+struct Nothing {
+  __device__ __forceinline__ static void wait() {}
 };
 
-// result[sum][entry][column] = sum over ctas of partials[sum][entry][cta][column], in this order:
-// 16 threads a column, each every 16th CTA, then these.
-constexpr int kSplits = 16;
-
-__global__ void sum_kernel(const float* partials, const __grid_constant__ Results results,
-                           int64_t entries, int64_t num_partials, int ctas, int64_t width) {
-  __shared__ float sums[kSplits][32];
-  const int64_t tiles = (width + 31) / 32;
-  const int64_t entry = blockIdx.x / tiles, column = blockIdx.x % tiles * 32 + threadIdx.x;
-  const float* from =
-      partials + ((blockIdx.y * entries + entry) * num_partials + threadIdx.y) * width + column;
-  float sum = 0.0f;
-  if (column < width) {
-#pragma unroll 8
-    for (int cta = threadIdx.y; cta < ctas; cta += kSplits, from += kSplits * width) sum += *from;
-  }
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || column >= width) return;
-  float total = 0.0f;
-#pragma unroll
-  for (int split = 0; split < kSplits; ++split) total += sums[split][threadIdx.x];
-  results.of[blockIdx.y][entry * width + column] = total;
-}
-
-const char* sum(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
-  Results results{};
-  unsigned num_results = 0;
-  for (int i = 0; i < kSums; ++i) {
-    if (result_of(p, i) != nullptr) results.of[num_results++] = result_of(p, i);
-  }
-  const dim3 grid(static_cast<unsigned>((p.width + 31) / 32 * p.entries), num_results);
-  sum_kernel<<<grid, dim3(32, kSplits), 0, stream>>>(p.partials, results, p.entries, p.num_partials,
-                                                     plan.ctas, p.width);
+const char* sum(const BackwardParams& p, int ctas, cudaStream_t stream) {
+  if (attention::runs_sm90_kernels()) return sum_as_dependent(p, ctas, stream);
+  const Sums sums(p, ctas);
+  sum_kernel<Nothing><<<sums.grid, Sums::kBlock, 0, stream>>>(sums);
   return status();
 }
 
-bool has_no_options(const Problem& p) {
-  return !p.weight1.data && !p.layerscale.data && !p.rowscale.data && !p.x_subset.data &&
-         !p.out_subset.data;
+bool may_be_common(const Problem& p) {
+  return p.width <= kCommonWidth && p.entries <= kCommonEntries && !p.weight1.data &&
+         !p.layerscale.data && !p.rowscale.data && !p.x_subset.data && !p.out_subset.data;
 }
 
-// Vectors of 8 columns a thread: narrow rows spread over the lanes of a warp, where the common
-// forms allow it; wide ones give every thread more to do between barriers.
-constexpr int64_t kNarrow = 32 * kCols, kWide = 2 * kCols * kMaxThreads;
-
-int num_vectors(int64_t width, bool is_common, int wide) {
-  return width > kWide ? wide : is_common && width <= kNarrow ? 1 : 2;
-}
+// Vectors of 8 columns a thread: wide rows give every thread more to do between barriers.
+int num_vectors(int64_t width, int wide) { return width > 2 * kCols * kMaxThreads ? wide : 2; }
 
 }  // namespace
 
 const char* launch_norm_forward(const ForwardParams& p, cudaStream_t stream) {
   Wishes wishes;
-  wishes.operands[0] = {p.x, p.dtype, p.x_subset.data ? Operand::kCompactX : Operand::kStream};
-  wishes.operands[1] = {p.x1, p.dtype, Operand::kStream};
-  wishes.operands[2] = {p.residual, p.stream_dtype, Operand::kStream};
   wishes.is_aligned = are_aligned(
       p, {p.x.data, p.x1.data, p.residual.data, p.weight.data, p.bias.data, p.weight1.data,
           p.bias1.data, p.layerscale.data, p.z, p.z1, p.stream, p.mask, p.mask1});
-  wishes.is_common = p.width <= kWide && wishes.is_aligned && has_no_options(p) && p.x.data &&
-                     !p.x1.data && !p.mask;
-  wishes.vectors = num_vectors(p.width, wishes.is_common, kForwardWideVectors);
-  if (wishes.is_common) {
-    wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
-    wishes.num_vectors = 1 + (p.bias.data != nullptr);
-    if (p.dropout_threshold == 0 && p.width <= kCols * kMaxThreads) {
-      wishes.vectors = 1;
-      wishes.max_threads = kPlainForwardThreads;
+  if (may_be_common(p) && wishes.is_aligned && p.x.data && !p.x1.data && !p.mask) {
+    Layout layout;
+    if (const char* error = forward_layout(p, layout)) return error;
+    if (layout.fits) {
+      return device::visit(p.dtype,
+                           [&]<typename X>() { return forward_common<X>(p, layout, stream); });
     }
   }
+  wishes.operands[0] = {p.x, p.dtype, p.x_subset.data ? Operand::kCompactX : Operand::kStream};
+  wishes.operands[1] = {p.x1, p.dtype, Operand::kStream};
+  wishes.operands[2] = {p.residual, p.stream_dtype, Operand::kStream};
+  wishes.vectors = num_vectors(p.width, kForwardWideVectors);
   Plan plan;
   if (const char* error = make_plan(p, wishes, plan)) return error;
   if (const char* error = claim(p, p.out_subset, p.out_rows, p.claims, {p.z, p.z1}, stream)) {
@@ -153,22 +118,26 @@ const char* launch_norm_forward(const ForwardParams& p, cudaStream_t stream) {
 
 const char* launch_norm_backward(const BackwardParams& p, cudaStream_t stream) {
   Wishes wishes;
+  wishes.is_aligned =
+      are_aligned(p, {p.stream.data, p.dz.data, p.dz1.data, p.dstream.data, p.x.data, p.weight.data,
+                      p.weight1.data, p.layerscale.data, p.dx, p.dx1, p.dresidual, p.partials});
+  if (may_be_common(p) && wishes.is_aligned && !p.dx1) {
+    Layout layout;
+    if (const char* error = backward_layout(p, layout)) return error;
+    if (layout.fits) {
+      const char* error = device::visit(
+          p.dtype, [&]<typename X>() { return backward_common<X>(p, layout, stream); });
+      return error ? error : sum(p, layout.ctas, stream);
+    }
+  }
   const auto z_rows = p.out_subset.data ? Operand::kCompactZ : Operand::kStream;
   wishes.operands[0] = {p.stream, p.stream_dtype, Operand::kStream};
   wishes.operands[1] = {p.dz, p.dtype, z_rows};
   wishes.operands[2] = {p.dstream, p.stream_dtype, Operand::kStream};
   wishes.operands[3] = {p.dz1, p.dtype, z_rows};
   wishes.operands[4] = {p.x, p.dtype, p.x_subset.data ? Operand::kCompactX : Operand::kStream};
-  wishes.is_aligned =
-      are_aligned(p, {p.stream.data, p.dz.data, p.dz1.data, p.dstream.data, p.x.data, p.weight.data,
-                      p.weight1.data, p.layerscale.data, p.dx, p.dx1, p.dresidual});
-  wishes.is_common = p.width <= kWide && wishes.is_aligned && has_no_options(p) && !p.dx1;
-  wishes.vectors = num_vectors(p.width, wishes.is_common, kBackwardWideVectors);
+  wishes.vectors = num_vectors(p.width, kBackwardWideVectors);
   if (wishes.vectors > 2) wishes.max_threads = kMaxThreads / 2;
-  if (wishes.is_common) {
-    wishes.operands[2] = wishes.operands[2].placed(p.stream_dtype);
-    wishes.num_vectors = 1;
-  }
   wishes.num_sums = (p.dweight1 != nullptr) + (p.dbias1 != nullptr) + (p.dlayerscale != nullptr);
   wishes.joins_teams = true;
   wishes.min_stages = 2;
@@ -179,7 +148,7 @@ const char* launch_norm_backward(const BackwardParams& p, cudaStream_t stream) {
   if (const char* error = claim(p, p.x_subset, p.x_rows, p.claims, {p.dx}, stream)) return error;
   const char* error =
       device::visit(p.dtype, [&]<typename X>() { return backward<X>(p, plan, stream); });
-  return error ? error : sum(p, plan, stream);
+  return error ? error : sum(p, plan.ctas, stream);
 }
 
 }  // namespace jax_flash::norm

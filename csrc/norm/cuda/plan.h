@@ -1,4 +1,5 @@
-// How a call is laid over the GPU. Host code, and the arithmetic that kernels share with it.
+// How a call with any options is laid over the GPU (layout.h: the common call). Host code, and the
+// arithmetic that kernels share with it.
 //
 // A team of threads works on a pair of rows, r and r + 8 of a block of 16: those share their random
 // draws (common/philox.h). A thread holds 8 neighbouring columns of each row, or kVectors times 8.
@@ -33,12 +34,6 @@ struct Operand {
         entry_bytes(array.entry_stride * ::jax_flash::item_bytes(dtype)),
         item_bytes(array.data ? static_cast<int32_t>(::jax_flash::item_bytes(dtype)) : 0),
         rows(rows) {}
-  // Has its place in a stage whether it is on or off, as the common forms have it.
-  Operand placed(DType dtype) const {
-    Operand operand = *this;
-    operand.item_bytes = static_cast<int32_t>(::jax_flash::item_bytes(dtype));
-    return operand;
-  }
 };
 
 struct Plan {
@@ -47,7 +42,6 @@ struct Plan {
   int ctas = 0;                     // of one entry
   int units = 0;                    // pairs, or rows, of one entry
   bool is_paired = true;            // else a unit is one row: two do not fit into shared memory
-  bool is_common = true;            // Form (instances.h)
   bool is_aligned = true;           // every row starts at a multiple of 16 bytes
   int stages = 0;                   // units whose rows lie in shared memory, or are on their way
   uint32_t warp_bytes = 0;          // a warp's part of one of them
@@ -55,8 +49,6 @@ struct Plan {
   uint32_t stages_bytes = 0;        // of all stages of all teams, first in shared memory
   uint32_t sums_bytes = 0;          // of one row of f32 columns, of one team
   int num_sums = 0;                 // such rows that each team keeps after the stages
-  uint32_t vector_bytes = 0;        // of a weight or bias there, in the common forms
-  int num_vectors = 0;
   Operand operands[kMaxOperands];
 };
 
@@ -95,8 +87,6 @@ struct Wishes {
   int vectors = 1;
   int max_threads = kMaxThreads;
   bool is_aligned = true;
-  bool is_common = true;
-  int num_vectors = 0;       // weights and biases that the common forms keep in shared memory
   int num_sums = 0;          // rows of f32 columns that each team keeps in shared memory
   bool joins_teams = false;  // the teams of a CTA add up such a row at the end
   int min_stages = 1, max_stages = 2;
@@ -112,7 +102,6 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
   plan.team_threads = static_cast<int>((threads + 31) / 32 * 32);
   plan.is_aligned = wishes.is_aligned;
   const int64_t columns = int64_t{plan.team_threads} * vectors * kCols;
-  plan.vector_bytes = static_cast<uint32_t>(columns * item_bytes(p.weight_dtype));
   plan.sums_bytes = static_cast<uint32_t>(4 * columns);
   plan.num_sums = wishes.num_sums;
 
@@ -134,11 +123,8 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
     }
     plan.stage_bytes = plan.warp_bytes * (plan.team_threads / 32);
     plan.is_paired = rows == 2;
-    plan.is_common = wishes.is_common && rows == most_rows;  // whose places are fixed
     plan.teams = static_cast<int>(with_teams);
-    plan.num_vectors = plan.is_common ? wishes.num_vectors : 0;
-    const int64_t kept = static_bytes + int64_t{plan.vector_bytes} * plan.num_vectors +
-                         with_teams * plan.sums_bytes * plan.num_sums;
+    const int64_t kept = static_bytes + with_teams * plan.sums_bytes * plan.num_sums;
     const int64_t stages = (device.shared_bytes - kept) / with_teams / plan.stage_bytes;
     plan.stages = static_cast<int>(std::min<int64_t>(stages, wishes.max_stages));
     return plan.stages >= min_stages;
@@ -160,21 +146,27 @@ inline const char* make_plan(const Problem& p, const Wishes& wishes, Plan& plan)
 }
 
 inline int shared_bytes(const Plan& plan) {
-  return static_cast<int>(plan.stages_bytes + plan.num_vectors * plan.vector_bytes +
-                          plan.teams * plan.num_sums * plan.sums_bytes);
+  return static_cast<int>(plan.stages_bytes + plan.teams * plan.num_sums * plan.sums_bytes);
+}
+
+template <typename Params, typename Shape>
+const char* launch(void (*kernel)(Params, Shape), const Params& p, const Shape& shape, dim3 grid,
+                   int threads, int shared_bytes, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 40 << 10) {  // with static memory less than the 48 KB all kernels may have
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  kernel<<<grid, threads, shared_bytes, stream>>>(p, shape);
+  error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <typename Params>
 const char* launch(void (*kernel)(Params, Plan), const Params& p, const Plan& plan,
                    cudaStream_t stream) {
-  const int bytes = shared_bytes(plan);
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  const auto grid = static_cast<unsigned>(plan.ctas * p.entries);
-  kernel<<<grid, plan.teams * plan.team_threads, bytes, stream>>>(p, plan);
-  error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch(kernel, p, plan, static_cast<unsigned>(plan.ctas * p.entries),
+                plan.teams * plan.team_threads, shared_bytes(plan), stream);
 }
 
 }  // namespace jax_flash::norm

@@ -93,6 +93,44 @@ __device__ __forceinline__ void store(const float (&x)[kCols], void* base, bool 
   }
 }
 
+// 8 elements as they lie in memory; streamed: nobody reads them again soon.
+template <typename Element>
+struct Raw {
+  static constexpr int kChunks = kCols * sizeof(Element) / 16;
+  uint4 chunk[kChunks] = {};
+
+  __device__ __forceinline__ static Raw load(const Element* source) {
+    Raw raw;
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k)
+      raw.chunk[k] = __ldcs(reinterpret_cast<const uint4*>(source) + k);
+    return raw;
+  }
+  // What all rows need.
+  __device__ __forceinline__ static Raw load_cached(const Element* source) {
+    Raw raw;
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      raw.chunk[k] = __ldg(reinterpret_cast<const uint4*>(source) + k);
+    }
+    return raw;
+  }
+  __device__ __forceinline__ void store(Element* target) const {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) __stcs(reinterpret_cast<uint4*>(target) + k, chunk[k]);
+  }
+  __device__ __forceinline__ void widen(float (&x)[kCols]) const {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) norm::widen<Element>(x + k * kCols / kChunks, chunk[k]);
+  }
+  __device__ __forceinline__ static Raw narrow(const float (&x)[kCols]) {
+    Raw raw;
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) raw.chunk[k] = norm::narrow<Element>(x + k * kCols / kChunks);
+    return raw;
+  }
+};
+
 // Whether each of 8 columns is kept, as bytes.
 __device__ __forceinline__ void store_mask(uint32_t kept, uint8_t* target, int count,
                                            bool is_aligned) {
@@ -113,51 +151,10 @@ __device__ __forceinline__ void store_mask(uint32_t kept, uint8_t* target, int c
 // and eight of them shall meet all 32 banks.
 __device__ __forceinline__ int swizzled(int chunk) { return chunk ^ (chunk >> 3 & 1); }
 
-// A vector [width] of X, or of float32, in shared memory: what all rows need does not fit into the
-// little that remains of L1.
-template <typename X>
-class SharedVector {
- public:
-  __device__ SharedVector(const Plan& plan, char* memory, int index, bool is_wide)
-      : place_(ptx::shared_address(memory) + plan.stages_bytes + index * plan.vector_bytes),
-        num_chunks_(plan.vector_bytes / 16),
-        is_wide_(sizeof(X) == 4 || is_wide) {}
-
-  // All threads of the CTA; a barrier must follow. Columns that do not exist are zeros.
-  __device__ __forceinline__ void fill(const Array<void>& from, int64_t entry, int width) const {
-    const int item_bytes = is_wide_ ? 4 : 2;
-    const auto* source = reinterpret_cast<const uint4*>(static_cast<const char*>(from.data) +
-                                                        entry * from.entry_stride * item_bytes);
-    for (int chunk = threadIdx.x; chunk < num_chunks_; chunk += blockDim.x) {
-      const bool exists = chunk < width * item_bytes / 16;
-      ptx::store_shared_16(place_ + swizzled(chunk) * 16, exists ? source[chunk] : uint4{});
-    }
-  }
-  __device__ __forceinline__ void read(float (&x)[kCols], int column) const {
-    if (is_wide_) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        widen<float>(x + 4 * k, ptx::load_shared_16(place_ + swizzled(column / 4 + k) * 16));
-      }
-    } else {
-      widen<X>(x, ptx::load_shared_16(place_ + swizzled(column / 8) * 16));
-    }
-  }
-
- private:
-  uint32_t place_;
-  int num_chunks_;
-  bool is_wide_;
-};
-
 // The rows of units in shared memory: [stage][warp][operand][row][vector][256 columns of the warp].
-// Traits says where a warp's part of an operand begins, and of which type it is:
-//   offset(plan, index), is_wide(plan, index), kOperands, kRows, kVectors, kAny
-template <typename X, typename Traits>
+template <typename X, int kRows, int kVectors, int kOperands>
 class Stages {
  public:
-  static constexpr bool kAny = Traits::kAny;
-
   __device__ Stages(const Team& team, const Plan& plan, int64_t width, int64_t entry, char* memory)
       : team_(team),
         plan_(plan),
@@ -171,33 +168,22 @@ class Stages {
   template <typename Named>
   __device__ __forceinline__ void fill(int stage, bool exists, const Unit& unit, Named&& named) {
     if (exists) {
-      if constexpr (kAny) {
 #pragma unroll 1
-        for (int i = 0; i < Traits::kOperands; ++i) copy_rows(i, stage, unit, named);
-      } else {
-#pragma unroll
-        for (int i = 0; i < Traits::kOperands; ++i) copy_rows(i, stage, unit, named);
-      }
+      for (int i = 0; i < kOperands; ++i) copy_rows(i, stage, unit, named);
     }
     ptx::cp_async_commit();
   }
 
   // Until the oldest stage is there (all of them, for a unit that was not copied ahead).
   __device__ __forceinline__ void wait(bool for_all) const {
-    if (for_all || plan_.stages == 1) {
-      ptx::cp_async_wait<0>();
-    } else if (plan_.stages == 2) {
-      ptx::cp_async_wait<1>();
-    } else {
-      ptx::cp_async_wait<2>();
-    }
+    wait_for_oldest(for_all ? 1 : plan_.stages);
     __syncwarp();  // the other lanes' copies
   }
 
   // This thread's columns of vector v of the unit's row r.
   __device__ __forceinline__ void read(float (&x)[kCols], int index, int stage, int r,
                                        int v) const {
-    if (sizeof(X) == 4 || Traits::is_wide(plan_, index)) {
+    if (sizeof(X) == 4 || plan_.operands[index].item_bytes == 4) {
       const uint32_t part = place(index, stage, r, v, 4);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -212,25 +198,25 @@ class Stages {
  private:
   __device__ __forceinline__ uint32_t place(int index, int stage, int r, int v,
                                             int item_bytes) const {
-    return warp_ + stage * plan_.stage_bytes + Traits::offset(plan_, index) +
-           (r * Traits::kVectors + v) * 32 * kCols * item_bytes;
+    return warp_ + stage * plan_.stage_bytes + plan_.operands[index].offset +
+           (r * kVectors + v) * 32 * kCols * item_bytes;
   }
 
   template <typename Named>
   __device__ __forceinline__ void copy_rows(int index, int stage, const Unit& unit, Named&& named) {
     const Operand& operand = plan_.operands[index];
     if (operand.data == nullptr) return;
-    const int item_bytes = sizeof(X) == 4 || Traits::is_wide(plan_, index) ? 4 : 2;
+    const int item_bytes = sizeof(X) == 4 || operand.item_bytes == 4 ? 4 : 2;
 #pragma unroll
-    for (int r = 0; r < Traits::kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       if (unit.row[r] < 0) continue;
-      const int row = kAny ? named(operand.rows, unit.row[r]) : unit.row[r];
+      const int row = named(operand.rows, unit.row[r]);
       const char* source =
           operand.data + entry_ * operand.entry_bytes + row * (int64_t{width_} * item_bytes);
 #pragma unroll
-      for (int v = 0; v < Traits::kVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         const uint32_t target = place(index, stage, r, v, item_bytes);
-        if (!kAny || plan_.is_aligned) {
+        if (plan_.is_aligned) {
           copy(target, source, v, item_bytes, row >= 0);
         } else {
           copy_elements(target, source, v, item_bytes, row >= 0);

@@ -9,6 +9,28 @@ namespace jax_flash::norm {
 
 using device::kWarp;
 
+// Waits for the warps of a team; the CTA's barrier 0 is __syncthreads'.
+__device__ __forceinline__ void sync_team(int team, int warps) {
+  if (warps == 1) {
+    __syncwarp();
+  } else {
+    ptx::named_barrier_sync(1 + team, 32 * warps);
+  }
+}
+
+// Until the oldest of the `stages` groups of copies that this thread has started is there.
+__device__ __forceinline__ void wait_for_oldest(int stages) {
+  if (stages == 1) {
+    ptx::cp_async_wait<0>();
+  } else if (stages == 2) {
+    ptx::cp_async_wait<1>();
+  } else if (stages == 3) {
+    ptx::cp_async_wait<2>();
+  } else {
+    ptx::cp_async_wait<3>();
+  }
+}
+
 struct Team {
   int threads, warps, lane;
   int index;         // of the team in the CTA
@@ -22,13 +44,7 @@ struct Team {
     thread = 32 * warp + lane;
   }
 
-  __device__ __forceinline__ void sync() const {
-    if (warps == 1) {
-      __syncwarp();
-    } else {
-      ptx::named_barrier_sync(1 + index, threads);
-    }
-  }
+  __device__ __forceinline__ void sync() const { sync_team(index, warps); }
   // First column of this thread's vector v.
   __device__ __forceinline__ int column(int v) const { return kCols * (thread + v * threads); }
 };
@@ -112,14 +128,13 @@ class Walk {
   __device__ Walk(const Plan& plan, int rows, int first, int step)
       : plan_(plan), rows_(rows), step_(step), next_(first), compact_(first) {}
 
-  template <bool kAny>
   __device__ __forceinline__ bool next(Unit& unit, const Placement& placement) {
     if (next_ < plan_.units) {
       unit = unit_at(plan_, rows_, next_);
       next_ += step_;
       return true;
     }
-    if (!kAny || placement.subset == nullptr) return false;
+    if (placement.subset == nullptr) return false;
     return next_repeat(unit, placement);
   }
   // The unit `ahead` steps after the last one, if it is one of the pairs.

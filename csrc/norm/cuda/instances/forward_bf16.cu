@@ -1,7 +1,10 @@
 #include "norm/cuda/forward.cuh"
+#include "norm/cuda/forward_common.cuh"
 
 namespace jax_flash::norm {
 
+template const char* forward_common<__nv_bfloat16>(const ForwardParams&, const Layout&,
+                                                   cudaStream_t);
 template const char* forward<__nv_bfloat16>(const ForwardParams&, const Plan&, cudaStream_t);
 
 }  // namespace jax_flash::norm

@@ -1,7 +1,9 @@
 #include "norm/cuda/forward.cuh"
+#include "norm/cuda/forward_common.cuh"
 
 namespace jax_flash::norm {
 
+template const char* forward_common<float>(const ForwardParams&, const Layout&, cudaStream_t);
 template const char* forward<float>(const ForwardParams&, const Plan&, cudaStream_t);
 
 }  // namespace jax_flash::norm

@@ -1,0 +1,324 @@
+// The backward of the common call (layout.h): one pass over memory, with the sums over rows on the
+// way.
+//
+//   y  = (stream - mean) * rsigma,   dy = dz * weight
+//   ds = (dy - y * mean(dy * y) - mean(dy)) * rsigma + dstream            (RMS: without mean(dy))
+//   dx = dropout(ds),   dweight = sum of dz * y,   dbias = sum of dz
+//
+// One CTA fills an SM. A thread has two vectors of 8 columns, whose sums stay in its registers
+// while its team goes through pairs of rows (single ones where the stream is float32). The next
+// units are on their way into shared memory, where every thread copies what it will read itself:
+// the sums across the team are a unit's only barrier. Teams, then CTAs are added in a fixed order:
+// the same bits in every run on the same kind of GPU.
+#pragma once
+
+#include "device/opaque.cuh"
+#include "norm/cuda/dropout.cuh"
+#include "norm/cuda/layout.h"
+#include "norm/cuda/rows.cuh"
+
+namespace jax_flash::norm {
+
+// A thread's own places in shared memory, [warp][stage][row][vector][stream, dz, dstream]: chunks
+// of 16 bytes, those of neighbouring lanes beside each other.
+template <typename X, typename S, int kRows>
+class OwnStages {
+ public:
+  static constexpr int kChunksX = Raw<X>::kChunks, kChunksS = Raw<S>::kChunks;
+  static constexpr int kChunks = kChunksX + 2 * kChunksS;  // of a vector of all three
+  static constexpr int kBytes = backward_stage_bytes(sizeof(X), sizeof(S));  // of a warp
+  static_assert(kBytes == kRows * kBackwardVectors * kChunks * kChunkBytes);
+
+  __device__ OwnStages(char* memory, int stages)
+      : own_(ptx::shared_address(memory) + threadIdx.x / 32 * (stages * kBytes) +
+             16 * (threadIdx.x % 32)) {}
+
+  __device__ __forceinline__ void copy_stream(int stage, int r, int v, const S* source,
+                                              bool exists) const {
+    copy<kChunksS>(place(stage, r, v, 0), source, exists);
+  }
+  __device__ __forceinline__ void copy_dz(int stage, int r, int v, const X* source,
+                                          bool exists) const {
+    copy<kChunksX>(place(stage, r, v, kChunksS), source, exists);
+  }
+  __device__ __forceinline__ void copy_dstream(int stage, int r, int v, const S* source,
+                                               bool exists) const {
+    copy<kChunksS>(place(stage, r, v, kChunksS + kChunksX), source, exists);
+  }
+  __device__ __forceinline__ void read_stream(float (&x)[kCols], int stage, int r, int v) const {
+    read<S>(x, place(stage, r, v, 0));
+  }
+  __device__ __forceinline__ void read_dz(float (&x)[kCols], int stage, int r, int v) const {
+    read<X>(x, place(stage, r, v, kChunksS));
+  }
+  __device__ __forceinline__ void read_dstream(float (&x)[kCols], int stage, int r, int v) const {
+    read<S>(x, place(stage, r, v, kChunksS + kChunksX));
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t place(int stage, int r, int v, int chunk) const {
+    return own_ + stage * kBytes + ((r * kBackwardVectors + v) * kChunks + chunk) * kChunkBytes;
+  }
+  template <int kCount>
+  __device__ __forceinline__ static void copy(uint32_t target, const void* source, bool exists) {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      ptx::cp_async_16(target + c * kChunkBytes, static_cast<const uint4*>(source) + c,
+                       exists ? 16 : 0);
+    }
+  }
+  template <typename Element>
+  __device__ __forceinline__ static void read(float (&x)[kCols], uint32_t from) {
+    Raw<Element> raw;
+#pragma unroll
+    for (int c = 0; c < raw.kChunks; ++c) {
+      raw.chunk[c] = ptx::load_shared_16(from + c * kChunkBytes);
+    }
+    raw.widen(x);
+  }
+
+  uint32_t own_;
+};
+
+// The weight of a thread's columns there, as floats: what all rows need finds no place in the rest
+// of L1.
+class OwnWeight {
+ public:
+  __device__ explicit OwnWeight(char* memory)
+      : own_(ptx::shared_address(memory) + threadIdx.x / 32 * kBackwardWeightBytes +
+             16 * (threadIdx.x % 32)) {}
+
+  __device__ __forceinline__ void write(const float (&x)[kCols], int v) const {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) ptx::store_shared_16(place(v, c), narrow<float>(x + 4 * c));
+  }
+  __device__ __forceinline__ void read(float (&x)[kCols], int v) const {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) widen<float>(x + 4 * c, ptx::load_shared_16(place(v, c)));
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t place(int v, int c) const {
+    return own_ + (2 * v + c) * kChunkBytes;
+  }
+
+  uint32_t own_;
+};
+
+template <typename X, typename S, bool kHasDropout>
+__global__ void __launch_bounds__(kBackwardThreads)
+    backward_common_kernel(const __grid_constant__ BackwardParams p,
+                           const __grid_constant__ Layout layout) {
+  constexpr int kRows = kBackwardRows<sizeof(S)>, kVectors = kBackwardVectors;
+  constexpr int kWarpColumns = 32 * kCols * kVectors;
+  constexpr int kValues = 2 * kRows, kLanes = 32 / kValues;  // two means of each row
+  extern __shared__ __align__(16) char shared_memory[];
+  __shared__ float parts[2][kBackwardThreads / 32][kValues];  // [unit parity][warp]
+
+  const int lane = threadIdx.x % 32, cta_warp = device::uniform(static_cast<int>(threadIdx.x) / 32);
+  const int warps = layout.warps, team = cta_warp / warps, first_warp = team * warps;
+  const int width = static_cast<int>(p.width), rows = static_cast<int>(p.rows);
+  const int column = kWarpColumns * (cta_warp - first_warp) + kCols * lane;
+  const uint32_t entry = blockIdx.y, cta = blockIdx.x;
+  auto has_column = [&](int v) { return column + 32 * kCols * v < width; };
+
+  // The team's units, and their rows on the way
+  const int step = layout.ctas * layout.teams;
+  auto first_row = [&](int unit) { return kRows == 2 ? unit / 8 * 16 + unit % 8 : unit; };
+  auto has_row = [&](int row, int r) { return r == 0 || row + 8 < rows; };
+  auto offset = [&](int r, int v) { return r * 8 * int64_t{width} + 32 * kCols * v; };
+  const OwnStages<X, S, kRows> stages(shared_memory, layout.stages);
+  const auto* stream =
+      static_cast<const S*>(p.stream.data) + entry * p.stream.entry_stride + column;
+  const auto* dz = static_cast<const X*>(p.dz.data) + entry * p.dz.entry_stride + column;
+  const auto* dstream =
+      static_cast<const S*>(p.dstream.data) + entry * p.dstream.entry_stride + column;
+  auto copy = [&](int stage, int r, int v, int row) {
+    const int64_t from = int64_t{row} * width + offset(r, v);
+    stages.copy_stream(stage, r, v, stream + from, has_column(v));
+    stages.copy_dz(stage, r, v, dz + from, has_column(v));
+    if (p.dstream.data) stages.copy_dstream(stage, r, v, dstream + from, has_column(v));
+  };
+  int unit = cta * layout.teams + team;
+  for (int stage = 0; stage < layout.stages; ++stage) {
+    const int ahead = unit + stage * step, row = first_row(ahead);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (ahead >= layout.units || !has_row(row, r)) continue;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) copy(stage, r, v, row);
+    }
+    ptx::cp_async_commit();
+  }
+
+  const OwnWeight weights(shared_memory + blockDim.x / 32 * layout.stages * stages.kBytes);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int at = column + 32 * kCols * v;
+    float weight[kCols];
+    load<X>(weight, p.weight.data, p.weight_dtype == DType::kF32,
+            entry * p.weight.entry_stride + at, width - at, true);
+    weights.write(weight, v);
+  }
+
+  DropoutKey key;
+  if (kHasDropout) key = DropoutKey(p, entry);
+  float next_mean[kRows] = {}, next_rsigma[kRows] = {};
+  uint32_t next_id[kRows] = {};
+  auto read_scalars = [&](int unit) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = min(first_row(unit) + 8 * r, rows - 1);
+      if (p.mean.data) next_mean[r] = p.mean.data[entry * p.mean.entry_stride + row];
+      next_rsigma[r] = p.rsigma.data[entry * p.rsigma.entry_stride + row];
+      if (kHasDropout) next_id[r] = p.row_ids.data[entry * p.row_ids.entry_stride + row];
+    }
+  };
+  read_scalars(unit);
+
+  float dweight[kVectors][kCols] = {}, dbias[kVectors][kCols] = {};
+  for (int stage = 0, parity = 0; unit < layout.units; unit += step, parity ^= 1) {
+    const int row = first_row(unit), ahead = unit + layout.stages * step;
+    const int row_ahead = first_row(ahead);
+    float rsigma[kRows], shift[kRows];  // y = stream * rsigma + shift
+    uint32_t id[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      rsigma[r] = next_rsigma[r];
+      shift[r] = -next_mean[r] * next_rsigma[r];
+      id[r] = next_id[r];
+    }
+    read_scalars(unit + step);
+    wait_for_oldest(layout.stages);
+
+    // The two means of each row, and the sums over rows
+    float sums[kValues] = {};
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      float weight[kCols];
+      weights.read(weight, v);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (!has_row(row, r)) continue;
+        float y[kCols], d[kCols];
+        stages.read_stream(y, stage, r, v);
+        stages.read_dz(d, stage, r, v);
+#pragma unroll
+        for (int i = 0; i < kCols; ++i) {
+          y[i] = y[i] * rsigma[r] + shift[r];
+          const float dy = d[i] * weight[i];
+          sums[2 * r] += dy * y[i];
+          sums[2 * r + 1] += dy;
+          dweight[v][i] += d[i] * y[i];
+          dbias[v][i] += d[i];
+        }
+      }
+    }
+    const float of_warp = device::warp_sums(sums);
+    if (lane % kLanes == 0) parts[parity][cta_warp][lane / kLanes] = of_warp;
+    sync_team(team, warps);  // parts are there; those of the unit before last are free again
+    float of_row = 0.0f;
+#pragma unroll
+    for (int first = 0; first < kBackwardThreads / 32; first += kLanes) {
+      const int warp = first + lane % kLanes;
+      if (warp < warps) of_row += parts[parity][first_warp + warp][lane / kLanes];
+    }
+    of_row = device::group_sum<kLanes>(of_row) * layout.per_column;
+
+    // ds = (dz * weight + of_stream * stream + of_one) * rsigma + dstream
+    float of_stream[kRows], of_one[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float along = __shfl_sync(kWarp, of_row, 2 * r * kLanes);
+      const float total = __shfl_sync(kWarp, of_row, (2 * r + 1) * kLanes);
+      of_stream[r] = -along * rsigma[r];
+      of_one[r] = -along * shift[r] - (p.is_rms ? 0.0f : total);
+    }
+    const int64_t own = (int64_t{entry} * rows + row) * width + column;
+#pragma unroll(kHasDropout&& kRows == 1 ? 1 : kVectors)
+    for (int v = 0; v < kVectors; ++v) {
+      float weight[kCols];
+      weights.read(weight, v);
+      Draws draws;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (!has_row(row, r)) continue;
+        float ds[kCols], a[kCols];
+        stages.read_dz(ds, stage, r, v);
+        stages.read_stream(a, stage, r, v);
+#pragma unroll
+        for (int i = 0; i < kCols; ++i) {
+          ds[i] = (ds[i] * weight[i] + (a[i] * of_stream[r] + of_one[r])) * rsigma[r];
+        }
+        if (p.dstream.data) {
+          stages.read_dstream(a, stage, r, v);
+#pragma unroll
+          for (int i = 0; i < kCols; ++i) ds[i] += a[i];
+        }
+        if (ahead < layout.units && has_row(row_ahead, r)) copy(stage, r, v, row_ahead);
+        if (p.dresidual && has_column(v)) {
+          Raw<S>::narrow(ds).store(static_cast<S*>(p.dresidual) + own + offset(r, v));
+        }
+        if (kHasDropout) {
+          key.key0 = device::opaque(key.key0);  // else all rounds' keys are kept in registers
+          key.key1 = device::opaque(key.key1);
+          draws.draw(key, kDropoutHead, id[r], r > 0 && (id[0] ^ id[kRows - 1]) == 8,
+                     column + 32 * kCols * v);
+#pragma unroll
+          for (int i = 0; i < kCols; ++i) {
+            ds[i] = draws.keeps(p, i) ? ds[i] * p.dropout_scale : 0.0f;
+          }
+        }
+        if (has_column(v)) {
+          Raw<X>::narrow(ds).store(static_cast<X*>(p.dx) + own + offset(r, v));
+        }
+      }
+    }
+
+    ptx::cp_async_commit();
+    stage = stage + 1 == layout.stages ? 0 : stage + 1;
+  }
+
+  // Add up the CTA's teams: [sum][team][columns]
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // nobody copies into the stages, or reads them, any more
+  auto* team_sums = reinterpret_cast<float*>(shared_memory);
+  const int columns = kWarpColumns * warps;
+  auto keep = [&](int sum, const float (&x)[kVectors][kCols]) {
+    float* own = team_sums + (sum * layout.teams + team) * columns + column;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kCols; i += 4) {
+        *reinterpret_cast<float4*>(own + 32 * kCols * v + i) = {x[v][i], x[v][i + 1], x[v][i + 2],
+                                                                x[v][i + 3]};
+      }
+    }
+  };
+  keep(0, dweight);
+  if (p.dbias) keep(1, dbias);
+  __syncthreads();  // the teams' sums are there
+  for (int at = 4 * threadIdx.x; at < (p.dbias ? 2 : 1) * width; at += 4 * blockDim.x) {
+    const int sum = at >= width, from = at - sum * width;
+    float4 total{};
+    for (int t = 0; t < layout.teams; ++t) {
+      const float4 x =
+          *reinterpret_cast<const float4*>(team_sums + (sum * layout.teams + t) * columns + from);
+      total = {total.x + x.x, total.y + x.y, total.z + x.z, total.w + x.w};
+    }
+    *reinterpret_cast<float4*>(
+        p.partials + ((sum * p.entries + entry) * p.num_partials + cta) * width + from) = total;
+  }
+}
+
+template <typename X>
+const char* backward_common(const BackwardParams& p, const Layout& layout, cudaStream_t stream) {
+  auto run = [&]<typename S>(S) {
+    auto* kernel = p.dropout_threshold ? backward_common_kernel<X, S, true>
+                                       : backward_common_kernel<X, S, false>;
+    return launch(kernel, p, layout, stream);
+  };
+  return p.stream_dtype == p.dtype ? run(X{}) : run(float{});
+}
+
+}  // namespace jax_flash::norm

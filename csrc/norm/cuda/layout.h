@@ -1,0 +1,98 @@
+// How the common call is laid over the GPU: a team of warps for each row, or pair of rows that
+// share their random draws. A call is common if its rows are aligned, of up to 8192 features, with
+// one branch, one norm, no scales, no subsets and no mask that is returned.
+#pragma once
+
+#include "norm/cuda/plan.h"
+
+namespace jax_flash::norm {
+
+struct Layout {
+  int warps = 0, teams = 0;      // of a team, of a CTA
+  int ctas = 0, units = 0;       // of one entry; a unit is a row or a pair
+  int stages = 0;                // backward: units of a team in shared memory, or on their way
+  int shared_bytes = 0;          // of a CTA
+  bool fits = true;              // into this GPU's shared memory
+  float per_column = 0.0f;       // 1 / width
+  float per_last_column = 0.0f;  // forward: of those that a team's last warp has
+};
+
+inline constexpr int kCommonWidth = 8192, kCommonEntries = 65535;
+
+// Vectors of 8 columns that a thread has in each row.
+inline constexpr int kForwardVectors = 2, kBackwardVectors = 2;
+inline constexpr int kForwardThreads = kCommonWidth / kCols / kForwardVectors;  // of a CTA at most
+inline constexpr int kChunkBytes = 32 * 16;  // of a warp: 16 of each lane
+inline constexpr int kStaticBytes = 1024;    // of shared memory, at most
+
+// The backward: threads of a CTA, which fills an SM (128 registers each). A unit is a pair of rows;
+// with a float32 stream, of which pairs would take too much shared memory, it is one row.
+inline constexpr int kBackwardThreads = 512;
+template <int kStreamBytes>
+inline constexpr int kBackwardRows = kStreamBytes == 2 ? 2 : 1;
+
+// A warp's shared memory for a unit (elements of the stream, dz and dstream), and for weights.
+constexpr int backward_stage_bytes(int64_t x_bytes, int64_t stream_bytes) {
+  return static_cast<int>((x_bytes + 2 * stream_bytes) * (stream_bytes == 2 ? 2 : 1)) * kCols *
+         kBackwardVectors * 32;
+}
+inline constexpr int kBackwardWeightBytes = 4 * kCols * kBackwardVectors * 32;
+
+// A CTA is one team, or four where a team is one warp: a CTA with named barriers would count as one
+// that has all 16 of them, of 64 that an SM has.
+inline const char* forward_layout(const ForwardParams& p, Layout& layout) {
+  Device device;
+  if (const char* error = device.read()) return error;
+  constexpr int kWarpColumns = 32 * kCols * kForwardVectors;
+  const bool has_dropout = p.dropout_threshold > 0;
+  layout.warps = static_cast<int>((p.width + kWarpColumns - 1) / kWarpColumns);
+  layout.teams = layout.warps == 1 ? 4 : 1;
+  layout.units = static_cast<int>(num_units(p.rows, has_dropout));
+  layout.ctas = (layout.units + layout.teams - 1) / layout.teams;
+  if (has_dropout) {  // both rows of x and the residual
+    const int64_t column_bytes = 2 * (item_bytes(p.dtype) + item_bytes(p.stream_dtype));
+    layout.shared_bytes =
+        static_cast<int>(layout.warps * layout.teams * kWarpColumns * column_bytes);
+  }
+  layout.fits = layout.shared_bytes <= device.shared_bytes - kStaticBytes;
+  layout.per_column = 1.0f / p.width;
+  layout.per_last_column = 1.0f / (p.width - kWarpColumns * (layout.warps - 1));
+  return nullptr;
+}
+
+inline const char* backward_layout(const BackwardParams& p, Layout& layout) {
+  Device device;
+  if (const char* error = device.read()) return error;
+  const int64_t stream_bytes = item_bytes(p.stream_dtype);
+  constexpr int kWarpColumns = 32 * kCols * kBackwardVectors;
+  layout.warps = static_cast<int>((p.width + kWarpColumns - 1) / kWarpColumns);
+  layout.units = static_cast<int>(num_units(p.rows, stream_bytes == 2));
+  layout.per_column = 1.0f / p.width;
+  // As many teams as have something to do and fit; there are 15 named barriers
+  const int64_t most = std::min(kBackwardThreads / 32 / layout.warps, layout.warps > 1 ? 15 : 16);
+  const int64_t busy = layout.units * p.entries / device.sms;
+  layout.teams = static_cast<int>(std::clamp<int64_t>(busy, 1, most));
+  const int stage_bytes = backward_stage_bytes(item_bytes(p.dtype), stream_bytes);
+  for (;; --layout.teams) {
+    const int of_warp = (device.shared_bytes - kStaticBytes) / (layout.warps * layout.teams);
+    layout.stages = std::clamp((of_warp - kBackwardWeightBytes) / stage_bytes, 0, 4);
+    if (layout.stages >= 2 || layout.teams == 1) break;
+  }
+  layout.fits = layout.stages > 0;
+  layout.shared_bytes =
+      layout.warps * layout.teams * (layout.stages * stage_bytes + kBackwardWeightBytes);
+  const int64_t wanted = (layout.units + layout.teams - 1) / layout.teams;
+  const int64_t share = std::max<int64_t>(1, (device.sms + p.entries - 1) / p.entries);
+  layout.ctas = static_cast<int>(std::min({wanted, share, p.num_partials}));
+  return nullptr;
+}
+
+template <typename Params>
+const char* launch(void (*kernel)(Params, Layout), const Params& p, const Layout& layout,
+                   cudaStream_t stream) {
+  const dim3 grid(layout.ctas, static_cast<unsigned>(p.entries));
+  return launch(kernel, p, layout, grid, 32 * layout.warps * layout.teams, layout.shared_bytes,
+                stream);
+}
+
+}  // namespace jax_flash::norm
