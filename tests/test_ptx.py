@@ -233,6 +233,19 @@ def test_dependent_launch(run):
             assert seen[0] == 1, "the dependent kernel did not start early"
 
 
+@pytest.mark.gpu
+def test_ordered_sum(run):
+    """Sums of many CTAs' floats, rounded in the order of the CTAs."""
+    source = np.random.default_rng(0).standard_normal((500, 260), dtype=np.float32)
+    source *= np.exp(np.random.default_rng(1).standard_normal((500, 1), dtype=np.float32) * 4)
+    expected = np.zeros(260, np.float32)
+    for row in source:
+        expected += row
+    total, turn = run("ordered_sum", (_shape("float32", 260), _shape("int32", 1)), source)
+    np.testing.assert_array_equal(total, expected)
+    assert turn[0] == 500
+
+
 def test_every_instruction_is_tested():
     """No wrapper of an instruction without a kernel here that uses it."""
     if not CSRC.is_dir():

@@ -134,6 +134,22 @@ __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The same for global memory: what others wrote there and this thread has seen comes before the
+// copies that it starts.
+__device__ __forceinline__ void fence_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// "ld.acquire", of the whole GPU: what was written before the value that it finds is visible.
+__device__ __forceinline__ int load_acquire(const int* address) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+               : "=r"(x)
+               : "l"(__cvta_generic_to_global(address))
+               : "memory");
+  return x;
+}
+
 // "setmaxnreg": a warpgroup takes (gives back) registers, to have kRegisters a thread.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {

@@ -38,7 +38,7 @@ struct BackwardPlan {
   // The sm_90a kernels' own: a list of their key tiles; counters, of tiles taken and, where
   // deterministic, of the additions to each tile of dQ.
   void* places = nullptr;   // [batches, kv_heads, key slots of 64, key_splits] entries
-  int* counters = nullptr;  // [4 + batches * heads * query slots of 64]
+  int* counters = nullptr;  // [4 + 2 * batches * heads * query slots of 64]
   int64_t bytes = 0;
 };
 
@@ -95,7 +95,7 @@ inline BackwardPlan make_backward_plan(const BackwardParams& p, int block_m, int
   plan.places = base;
   plan.counters = reinterpret_cast<int*>(base + places_bytes);
   const int64_t counters_bytes =
-      ceil_div(4 + plan.batches * p.heads * plan_slots(p, p.seq_q, 64), 4) * 16;
+      ceil_div(4 + 2 * plan.batches * p.heads * plan_slots(p, p.seq_q, 64), 4) * 16;
   plan.bytes = stats_bytes + dq_bytes + dkv_bytes + places_bytes + counters_bytes;
   return plan;
 }

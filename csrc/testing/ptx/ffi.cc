@@ -110,6 +110,13 @@ ffi::Error dependent_pair(cudaStream_t stream, F32 source, ffi::Result<F32> out,
                                         seen->typed_data(), stream));
 }
 
+ffi::Error ordered_sum(cudaStream_t stream, F32 source, ffi::Result<F32> total,
+                       ffi::Result<S32> turn) {
+  return to_error(launch_ordered_sum(source.typed_data(), dim(source.dimensions(), 0),
+                                     dim(source.dimensions(), 1), total->typed_data(),
+                                     turn->typed_data(), stream));
+}
+
 auto bind() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
 
 XLA_FFI_DEFINE_HANDLER(Wgmma, wgmma,
@@ -164,6 +171,12 @@ XLA_FFI_DEFINE_HANDLER(DependentPair, dependent_pair,
                            .Ret<F32>()    // scratch
                            .Ret<S32>());  // seen
 
+XLA_FFI_DEFINE_HANDLER(OrderedSum, ordered_sum,
+                       bind()
+                           .Arg<F32>()    // source
+                           .Ret<F32>()    // total
+                           .Ret<S32>());  // turn
+
 template <typename Handler>
 nb::capsule handler(Handler* symbol) {
   return nb::capsule(reinterpret_cast<void*>(symbol));
@@ -182,6 +195,7 @@ NB_MODULE(_cuda_testing, module) {
     table["jax_flash_testing.stmatrix"] = handler(Stmatrix);
     table["jax_flash_testing.named_barriers"] = handler(NamedBarriers);
     table["jax_flash_testing.dependent_pair"] = handler(DependentPair);
+    table["jax_flash_testing.ordered_sum"] = handler(OrderedSum);
     return table;
   });
 }

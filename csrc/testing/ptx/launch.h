@@ -58,4 +58,8 @@ const char* launch_named_barriers(int rounds, int32_t* order, cudaStream_t strea
 const char* launch_dependent_pair(const float* source, int columns, float* scratch, float* out,
                                   int32_t* seen, cudaStream_t stream);
 
+// total [columns] = the rows of source [ctas, columns] added one after another; turn [1]: ctas.
+const char* launch_ordered_sum(const float* source, int ctas, int columns, float* total,
+                               int32_t* turn, cudaStream_t stream);
+
 }  // namespace jax_flash::testing

@@ -28,6 +28,7 @@ struct BackwardTraits {
   static constexpr int kBlockN = 128;       // keys of the CTA, 64 a warpgroup
   static constexpr int kStages = kStages_;  // Q and dO tiles in shared memory
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
+  static constexpr bool kAddsInOrder = true;  // to dQ, where deterministic
   static constexpr int kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -41,10 +42,12 @@ struct BackwardTraits {
 
   // What consumers must know of a step.
   struct Step {
-    float* dq;  // the tile's sum
     int head, row;
     bool is_full, is_last;
   };
+  // What those who add to dQ must know, in a ring as well: while they have not handed back a block,
+  // the consumers keep the stage of the step after the next, and the producer is two further on.
+  static constexpr int kTargets = 2 * kStages;
   struct Smem {
     KeyTile k, v;
     QueryTile q[kStages], dout[kStages];
@@ -52,7 +55,8 @@ struct BackwardTraits {
     float dq[kConsumers][64 * 64];  // a warpgroup's block of dQ, [n][thread][4]
     float lse[kStages][kBlockM], delta[kStages][kBlockM];  // in the order of stats_index
     Step steps[kStages];
-    float* dq_target[kConsumers];  // where the block is to be added; nullptr: that was all
+    DqTarget targets[kTargets];
+    bool is_end[kConsumers];  // for those who add to dQ: no block, that was all
     KeyTilePlace places[2];
     ptx::Mbarrier place_full[2], place_empty[2], k_full, k_empty, v_full, v_empty;
     ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
@@ -81,6 +85,7 @@ __device__ __forceinline__ void initialise_barriers(typename Traits::Smem& smem)
     ptx::mbarrier_init(smem.dout_empty[i], kWarps);
   }
   for (int i = 0; i < Traits::kConsumers; ++i) {
+    smem.is_end[i] = false;
     ptx::mbarrier_init(smem.dq_full[i], 4);
     ptx::mbarrier_init(smem.dq_empty[i], 1);
   }
@@ -95,6 +100,12 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
   int index = static_cast<int>(blockIdx.x);
   uint32_t key_phase = 0;
   for (int t = 0;; ++t) {
+    // NOTE: no sooner, or who has the longest tile also has the next one from the start.
+    // Where tiles wait for earlier ones even the first is taken from the counter, so that an
+    // earlier one is always that of a CTA that runs.
+    if (t > 0 || a.p.deterministic) {
+      index = atomicAdd(a.next_tile, 1) + (a.p.deterministic ? 0 : static_cast<int>(gridDim.x));
+    }
     KeyTilePlace& place = smem.places[t % 2];
     ptx::Mbarrier& place_full = smem.place_full[t % 2];
     ptx::mbarrier_wait(smem.place_empty[t % 2], (t / 2 & 1) ^ 1);
@@ -105,7 +116,6 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
     }
     ptx::mbarrier_arrive_expect(place_full, sizeof(KeyTilePlace));
     ptx::bulk_load(&place, a.places + index, sizeof(KeyTilePlace), place_full);
-    index = atomicAdd(a.next_tile, 1) + static_cast<int>(gridDim.x);
     ptx::mbarrier_wait(place_full, t / 2 & 1);
     int steps = place.num_steps, query_tile = place.first_tile, head = place.first_head;
     if (steps == 0) continue;
@@ -128,7 +138,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
 
       ptx::mbarrier_wait(smem.q_empty[stage], ring.phase ^ 1);
       typename Traits::Step& step = smem.steps[stage];
-      step.dq = place.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
+      smem.targets[ring.phase * Traits::kStages + stage] = find_target<Traits>(a, place, sum, row);
       step.head = head;
       step.row = row;
       step.is_full = place.range.is_full(query_tile);
@@ -157,15 +167,23 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
 
 // One thread a consumer warpgroup: adds its blocks of dQ to the sums.
 template <class Traits>
-__device__ __forceinline__ void add_blocks(typename Traits::Smem& smem, int consumer) {
-  for (uint32_t phase = 0;; phase ^= 1) {
-    ptx::mbarrier_wait(smem.dq_full[consumer], phase);
-    float* target = smem.dq_target[consumer];
-    if (target == nullptr) break;
-    ptx::bulk_reduce_add(target, smem.dq[consumer], sizeof(smem.dq[consumer]));
+__device__ __forceinline__ void add_blocks(const BackwardArguments& a, typename Traits::Smem& smem,
+                                           int consumer) {
+  static_assert(Traits::kTargets == 4);
+  for (int i = 0;; ++i) {
+    ptx::mbarrier_wait(smem.dq_full[consumer], i & 1);
+    if (smem.is_end[consumer]) break;
+    const DqTarget target = smem.targets[i % 4];
+    if (a.p.deterministic) target.wait(consumer);
+    ptx::bulk_reduce_add(target.sum + consumer * (64 * 64), smem.dq[consumer],
+                         sizeof(smem.dq[consumer]));
     ptx::bulk_commit();
     ptx::bulk_wait<0, true>();
     ptx::mbarrier_arrive(smem.dq_empty[consumer]);
+    if (a.p.deterministic) {
+      ptx::bulk_wait<0, false>();
+      target.tell(consumer);
+    }
   }
   ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.
 }
@@ -262,7 +280,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         exponentiate<Element>(rS, rP, smem.lse[ring.stage], scale_log2);
       };
       // Hands the finished block of dQ to the thread that adds it to the sums.
-      const auto send_dq = [&](float* target) {
+      const auto send_dq = [&] {
         ptx::wgmma_pin(rDQ);
         ptx::mbarrier_wait(smem.dq_empty[consumer], dq_phase ^ 1);
         dq_phase ^= 1;
@@ -271,7 +289,6 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         for (int n = 0; n < 8; ++n) {
           block[n * 128] = {rDQ[n][0], rDQ[n][1], rDQ[n][2], rDQ[n][3]};
         }
-        if (thread == 0) smem.dq_target[consumer] = target;
         ptx::fence_async_shared();
         __syncwarp();  // All lanes' elements are written and fenced.
         release(smem.dq_full[consumer]);
@@ -309,7 +326,6 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         __syncwarp();  // All lanes' elements are written and fenced.
         release(smem.ds_full[ds_ring.stage]);
         const bool is_last = smem.steps[stage].is_last;
-        float* const dq_target = smem.steps[stage].dq + consumer * (64 * 64);
 
         // dK, and the next step's S behind it.
         accumulate<Element>(rDK, rDS, smem.q[stage]);
@@ -328,7 +344,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
           release(smem.q_empty[stage]);
           release(smem.k_empty);
           ds_ring.advance();
-          send_dq(dq_target);
+          send_dq();
           break;
         }
         wait_for_queries(smem.q[ring.stage], smem.q_full[ring.stage]);
@@ -349,7 +365,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         make_probabilities();
         ptx::named_barrier_arrive(static_cast<int>(ConsumerBarrier::kTurn) + 1 - consumer, 256);
         ptx::wgmma_wait<0>();
-        send_dq(dq_target);
+        send_dq();
         wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
         multiply_keys(rDP, smem.v, smem.dout[ring.stage]);
         ptx::wgmma_commit();
@@ -382,7 +398,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
     if (threadIdx.x == 128) ptx::mbarrier_arrive(smem.place_empty[t % 2]);
   }
   ptx::mbarrier_wait(smem.dq_empty[consumer], dq_phase ^ 1);
-  if (thread == 0) smem.dq_target[consumer] = nullptr;
+  if (thread == 0) smem.is_end[consumer] = true;
   __syncwarp();  // The end is written before it is told.
   release(smem.dq_full[consumer]);
 }
@@ -401,7 +417,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (threadIdx.x == 0) {
       produce<Traits>(a, smem);
     } else if (threadIdx.x == 32 || threadIdx.x == 64) {
-      add_blocks<Traits>(smem, static_cast<int>(threadIdx.x) / 32 - 1);
+      add_blocks<Traits>(a, smem, static_cast<int>(threadIdx.x) / 32 - 1);
     }
   } else {
     ptx::take_registers<Traits::kConsumerRegisters>();

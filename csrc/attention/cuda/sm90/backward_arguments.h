@@ -30,6 +30,10 @@ struct BackwardArguments {
   int num_places = 0, section = 1;
   KeyTilePlace* places = nullptr;  // [num_places]: [key tiles, key_splits]
   int* next_tile = nullptr;        // how many tiles were taken beyond each CTA's first
+  // [batches, heads, query_slots, 2]: where deterministic, what was added to each part of a tile's
+  // dQ so far. The list's order is then that of the additions, so that whoever waits for its turn
+  // waits for tiles that others have taken.
+  int* additions = nullptr;
 };
 
 // Where lse or delta of a tile's row lies among the tile's: each lane of a quad finds those of its

@@ -20,6 +20,42 @@ struct Ring {
   }
 };
 
+// Where a step's dQ is added, and, where that happens in a fixed order, after how many other key
+// tiles: `additions` counts those that were, for each of two parts of the tile.
+struct DqTarget {
+  float* sum;
+  int* additions;
+  int turn;
+
+  // Until it is our turn.
+  __device__ __forceinline__ void wait(int part) const {
+    while (ptx::load_acquire(additions + part) != turn) {
+    }
+    ptx::fence_async_global();
+  }
+  // Our addition has been performed: the next, please.
+  __device__ __forceinline__ void tell(int part) const {
+    __threadfence();  // The addition comes before the count.
+    atomicAdd(additions + part, 1);
+  }
+};
+
+// Of the query tile at `row` of the place's sequence, number `sum` of all. The order is that of the
+// list: the last key tiles first (find_place).
+template <class Traits>
+__device__ __forceinline__ DqTarget find_target(const BackwardArguments& a,
+                                                const KeyTilePlace& place, int sum, int row) {
+  const Sequence& s = place.sequence;
+  DqTarget target{place.dq_sum + int64_t{sum} * (Traits::kBlockM * Traits::kHeadDim),
+                  a.additions + 2 * sum, 0};
+  if (a.p.deterministic) {
+    const int last_row = min(row + Traits::kBlockM, s.query_length) - 1;
+    const int last_key = min(last_row + s.right, s.key_length - 1);
+    target.turn = last_key / Traits::kBlockN - s.first_row / Traits::kBlockN;
+  }
+  return target;
+}
+
 // Starts the copies of a [kRows][kHeadDim] tile.
 template <typename Tile>
 __device__ __forceinline__ void load_tile(Tile& tile, const OperandMap& operand,

@@ -26,8 +26,8 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   BackwardArguments a{p, make_backward_plan(p, kBlockM, kBlockN)};
   BackwardPlan& plan = a.plan;
-  if (p.deterministic || p.mask.block_mask.data != nullptr || p.dropout.threshold > 0 ||
-      !(p.scale > 0.0f)) {
+  if ((p.deterministic && !Traits::kAddsInOrder) || p.mask.block_mask.data != nullptr ||
+      p.dropout.threshold > 0 || !(p.scale > 0.0f)) {
     return kNotCovered;
   }
   const int64_t columns = plan.batches * p.kv_heads, key_tiles = columns * plan.key_slots;
@@ -43,6 +43,7 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   static_assert(sizeof(KeyTilePlace) <= kPlanPlaceBytes);
   a.places = static_cast<KeyTilePlace*>(plan.places);
   a.next_tile = plan.counters;
+  a.additions = plan.counters + 4;
   if (!make_operand_map(p, p.q, p.seq_q, p.heads, p.head_dim, kBlockM, a.q) ||
       !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, kBlockN, a.k) ||
       !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, kBlockN, a.v) ||

@@ -21,7 +21,9 @@ __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, i
   const uint32_t section = a.section, slots = a.plan.key_slots;
   const uint32_t in_section = tile % (section * slots);
   const uint32_t column = tile / (section * slots) * section + in_section % section;
-  const uint32_t slot = in_section / section;
+  // The last key tiles first where the order of the list is that of the additions to dQ: under a
+  // causal mask they see the fewest queries, and nobody needs to wait for them.
+  const uint32_t slot = a.p.deterministic ? slots - 1 - in_section / section : in_section / section;
   const uint32_t kv_heads = a.p.kv_heads, heads = a.p.heads, batch_index = column / kv_heads;
   const BatchIndex batch(a.p, batch_index);
   const Sequence s = find_sequence(a.p, batch, Axis::kKey, kBlockN, static_cast<int>(slot));
@@ -88,47 +90,55 @@ __global__ void __launch_bounds__(kPassThreads)
     return element_pointer<Element>(tensor, batch, row, head) + col;
   };
   const Element *const o_rows = first_row(p.o), *const dout_rows = first_row(p.dout);
+  // All loads first: a CTA lives for little more than one latency.
+  constexpr int kSteps = kBlockM / kRowStep;
+  uint4 o[kSteps], dout[kSteps];
+  float lse[kSteps], dlse[kSteps];
 #pragma unroll
-  for (int first = 0; first < kBlockM; first += kRowStep) {
-    const int row_in_tile = first + threadIdx.x / kLanes, row = s.first_row + row_in_tile;
+  for (int i = 0; i < kSteps; ++i) {
+    const int row = s.first_row + i * kRowStep + threadIdx.x / kLanes;
     const bool exists = row < s.query_length;
-    float delta = 0.0f;
-    if (exists && col < p.value_dim) {
-      const auto load = [&](const Element* rows, int64_t row_stride) {
-        return *reinterpret_cast<const uint4*>(rows + first * row_stride);
-      };
-      const uint4 o = load(o_rows, p.o.row_stride), dout = load(dout_rows, p.dout.row_stride);
+    const auto load = [&](const Element* rows, int64_t row_stride) -> uint4 {
+      if (!exists || col >= p.value_dim) return {};
+      return *reinterpret_cast<const uint4*>(rows + i * kRowStep * row_stride);
+    };
+    o[i] = load(o_rows, p.o.row_stride);
+    dout[i] = load(dout_rows, p.dout.row_stride);
+    lse[i] = -INFINITY;
+    dlse[i] = 0.0f;
+    if (lane == 0 && exists) {
+      lse[i] = *row_pointer(p.lse, batch, s.query_start + row, head);
+      if (p.dlse.data != nullptr) dlse[i] = *row_pointer(p.dlse, batch, s.query_start + row, head);
+    }
+  }
+
+  // Under their latency.
+  if (threadIdx.x < 2) a.additions[2 * tile + threadIdx.x] = 0;
+  constexpr int kVectors = kBlockM * kHeadDim / 4;
+  float4* sum = reinterpret_cast<float4*>(plan.dq_sum) + int64_t{tile} * kVectors;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = device::unpack<Element>(reinterpret_cast<const uint32_t*>(&o)[i]);
-        const float2 y = device::unpack<Element>(reinterpret_cast<const uint32_t*>(&dout)[i]);
-        delta += x.x * y.x + x.y * y.y;
-      }
+  for (int i = 0; i < kVectors; i += kPassThreads) sum[i + threadIdx.x] = {};
+
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    float delta = 0.0f;
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      const float2 x = device::unpack<Element>(reinterpret_cast<const uint32_t*>(&o[i])[word]);
+      const float2 y = device::unpack<Element>(reinterpret_cast<const uint32_t*>(&dout[i])[word]);
+      delta += x.x * y.x + x.y * y.y;
     }
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) {
       delta += __shfl_xor_sync(device::kWarp, delta, step);
     }
     if (lane == 0) {
-      float lse_log2 = INFINITY, delta_scaled = 0.0f;
-      if (exists) {
-        const float lse = *row_pointer(p.lse, batch, s.query_start + row, head);
-        if (p.dlse.data != nullptr) delta -= *row_pointer(p.dlse, batch, s.query_start + row, head);
-        if (lse != -INFINITY) {
-          lse_log2 = lse * kLog2e;
-          delta_scaled = delta * inverse_dropout_scale;
-        }
-      }
-      stats[stats_index(row_in_tile)] = lse_log2;
-      stats[kBlockM + stats_index(row_in_tile)] = delta_scaled;
+      const int index = stats_index(i * kRowStep + threadIdx.x / kLanes);
+      const bool sees_keys = lse[i] != -INFINITY;
+      stats[index] = sees_keys ? lse[i] * kLog2e : INFINITY;
+      stats[kBlockM + index] = sees_keys ? (delta - dlse[i]) * inverse_dropout_scale : 0.0f;
     }
   }
-
-  // Last, since nobody waits for it here.
-  constexpr int kVectors = kBlockM * kHeadDim / 4;
-  float4* sum = reinterpret_cast<float4*>(plan.dq_sum) + int64_t{tile} * kVectors;
-#pragma unroll
-  for (int i = 0; i < kVectors; i += kPassThreads) sum[i + threadIdx.x] = {};
 }
 
 // Adds up the f32 sums of a tile, scales them and writes them as rows [first_row, rows) of a

@@ -22,6 +22,7 @@ struct SupplierTraits {
   static constexpr int kBlockN = 128;       // keys of the CTA, 64 a warpgroup
   static constexpr int kStages = kStages_;  // Q and dO tiles in shared memory
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
+  static constexpr bool kAddsInOrder = false;  // to dQ, where deterministic
   static constexpr int kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kSupplierRegisters = 72, kConsumerRegisters = 216;

@@ -29,15 +29,16 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
   const auto sync = [] {
     ptx::named_barrier_sync(static_cast<int>(SupplierBarrier::kSupplier), 128);
   };
-  // The leader asks for place `t`.
+  // The leader asks for place `t`. NOTE: near the end of the place before, or who has the longest
+  // tile also has the next one from the start.
   const auto request = [&](int t) {
     if (!is_leader) return;
     ptx::Mbarrier& full = smem.place_full[t % 2];
     ptx::mbarrier_wait(smem.place_empty[t % 2], (t / 2 & 1) ^ 1);
+    if (t > 0) index = atomicAdd(a.next_tile, 1) + static_cast<int>(gridDim.x);
     if (index < a.num_places) {
       ptx::mbarrier_arrive_expect(full, sizeof(KeyTilePlace));
       ptx::bulk_load(&smem.places[t % 2], a.places + index, sizeof(KeyTilePlace), full);
-      index = atomicAdd(a.next_tile, 1) + static_cast<int>(gridDim.x);
     } else {
       smem.places[t % 2].exists = false;
       ptx::mbarrier_arrive(full);
@@ -176,7 +177,7 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
       }
       ds_ring.advance();
       load_step();
-      if (i == 0) request(t + 1);
+      if (i == max(steps - 2, 0)) request(t + 1);
     }
   }
   if (is_leader) ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.

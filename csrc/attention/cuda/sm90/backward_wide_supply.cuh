@@ -34,6 +34,11 @@ __device__ __forceinline__ void bring_operands(const BackwardArguments& a,
   };
 
   for (int t = 0;; ++t) {
+    // NOTE: no sooner, or who has the longest tile also has the next one from the start.
+    if (t > 0) {
+      if (is_leader) index = atomicAdd(a.next_tile, 1) + static_cast<int>(gridDim.x);
+      index = device::uniform(index);
+    }
     KeyTilePlace& place = smem.places[t % 2];
     ptx::Mbarrier& place_full = smem.place_full[t % 2];
     ptx::mbarrier_wait(smem.place_empty[t % 2], (t / 2 & 1) ^ 1);
@@ -47,9 +52,7 @@ __device__ __forceinline__ void bring_operands(const BackwardArguments& a,
     if (is_leader) {
       ptx::mbarrier_arrive_expect(place_full, sizeof(KeyTilePlace));
       ptx::bulk_load(&place, a.places + index, sizeof(KeyTilePlace), place_full);
-      index = atomicAdd(a.next_tile, 1) + static_cast<int>(gridDim.x);
     }
-    index = device::uniform(index);
     ptx::mbarrier_wait(place_full, t / 2 & 1);
     const int steps = device::uniform(place.num_steps);
     if (steps == 0) continue;
