@@ -2,7 +2,7 @@
 // the rows, and the sums of what the CTAs have summed.
 #include <initializer_list>
 
-#include "attention/cuda/architecture.h"
+#include "device/architecture.h"
 #include "device/vector.cuh"
 #include "norm/cuda/instances.h"
 #include "norm/cuda/sums.cuh"
@@ -75,7 +75,7 @@ struct Nothing {
 };
 
 const char* sum(const BackwardParams& p, int ctas, cudaStream_t stream) {
-  if (attention::runs_sm90_kernels()) return sum_as_dependent(p, ctas, stream);
+  if (device::runs_sm90_kernels()) return sum_as_dependent(p, ctas, stream);
   const Sums sums(p, ctas);
   sum_kernel<Nothing><<<sums.grid, Sums::kBlock, 0, stream>>>(sums);
   return status();
