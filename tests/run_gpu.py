@@ -3,8 +3,11 @@
     python -m tests.run_gpu                          # make gpu-test: all three parts
     python -m tests.run_gpu --parts tests -x         # one part; the rest goes to pytest
     python -m tests.run_gpu --parts memcheck -k varlen
+    python -m tests.run_gpu --parts failed --dist loadfile    # what failed in the report, once more
 
-The parts: `tests` is the suite, gpu-marked tests and all others; `memcheck` and `racecheck` repeat
+The parts: `tests` is the suite, gpu-marked tests and all others; `failed` runs the tests again that
+the report names as failed (an illegal instruction in one takes all later ones of its process with
+it) and puts the new results in place of the old; `memcheck` and `racecheck` repeat
 gpu-marked tests under compute-sanitizer, every buffer an allocation of its own so that a stray
 access cannot land in a neighbour. The report, benchmarks/results/<device>/gpu_tests.json, carries
 the hash of the sources (benchmarks/evidence.py); parts run at different times gather in one report
@@ -49,8 +52,14 @@ def run_pytest(arguments: list[str], wrapper: Sequence[str] = (), env: dict | No
             total, failures, errors, skipped = (
                 int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")
             )
+            failed_tests = [
+                f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
+                for case in suite.iter("testcase")
+                if case.find("failure") is not None or case.find("error") is not None
+            ]
         except ElementTree.ParseError:  # pytest died before it could write
             total = failures = errors = skipped = 0
+            failed_tests = []
     failed = failures + errors
     return dict(
         passed=total - failed - skipped,
@@ -58,6 +67,29 @@ def run_pytest(arguments: list[str], wrapper: Sequence[str] = (), env: dict | No
         skipped=skipped,
         exit_code=code,
         seconds=round(seconds),
+        failed_tests=failed_tests,
+    )
+
+
+def run_again(before: dict, workers: str, arguments: list[str]) -> dict:
+    """The failed tests of `before` once more -> its counts with the new results in their place."""
+    tests = before.get("failed_tests", [])
+    if not tests:
+        return before
+    result = run_pytest([*tests, "-n", workers, *arguments])
+    ran = result["passed"] + result["failed"] + result["skipped"]
+    if ran != len(tests):
+        print(f"failed: {ran} of {len(tests)} tests ran: the report stays as it is", flush=True)
+        return before | dict(exit_code=result["exit_code"] or 1)
+    again = before.get("ran_again", []) + tests
+    return before | dict(
+        passed=before["passed"] + result["passed"],
+        failed=result["failed"],
+        skipped=before["skipped"] + result["skipped"],
+        exit_code=result["exit_code"],
+        seconds=before["seconds"] + result["seconds"],
+        failed_tests=result["failed_tests"],
+        ran_again=again,
     )
 
 
@@ -140,7 +172,7 @@ def main(argv=None) -> int:
     parser.add_argument("--workers", default="4", help="test processes of the first part")
     args, rest = parser.parse_known_args(argv)
     parts = args.parts.split(",")
-    if unknown := set(parts) - {"tests", "memcheck", "racecheck"}:
+    if unknown := set(parts) - {"tests", "failed", "memcheck", "racecheck"}:
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the tests need the memory
     # Plain forms are compiled to run once: a search for their fastest matmul takes minutes.
@@ -174,6 +206,10 @@ def main(argv=None) -> int:
         report["tests"] = run_pytest(["tests", "-n", args.workers, *rest])
         report["tests"]["selection"] = " ".join(rest) or "all"
         good &= report["tests"]["exit_code"] == 0
+        save()
+    if "failed" in parts:
+        report["tests"] = run_again(report["tests"], args.workers, rest)
+        good &= report["tests"].get("exit_code") == 0
         save()
     for tool in ("memcheck", "racecheck"):
         if tool not in parts:

@@ -43,6 +43,14 @@ TYPED_LINEAR = [("float32", case) for case in LINEAR]
 TYPED_LINEAR += [("bfloat16", "remainder"), ("bfloat16", "one_chunk"), ("float16", "divides")]
 
 
+def error_in_sequence(a: np.ndarray, b: np.ndarray) -> float:
+    """What a @ b loses where float32 terms are added one after the other, as XLA's products of few
+    rows do: 25003 of them, five times as much as in the plain form's product."""
+    terms = np.asarray(a, np.float64).reshape(-1, a.shape[-1], 1) * np.asarray(b, np.float64)
+    in_sequence = np.cumsum(terms.astype(np.float32), axis=1, dtype=np.float32)[:, -1]
+    return float(np.abs(in_sequence - terms.sum(1)).max())
+
+
 @pytest.mark.parametrize("dtype,case", TYPED_LINEAR)
 def test_linear(implementation, dtype, case):
     shape, width, vocabulary, chunk, has_bias, options = LINEAR[case]
@@ -75,7 +83,8 @@ def test_linear(implementation, dtype, case):
     names = ("dhidden", "dweight", "dbias")[: len(tensors)]
     for name, *values in zip(names, gradients, exact_gradients, plain_gradients, strict=False):
         assert values[0].dtype == jnp.dtype(dtype)
-        helpers.assert_close(name, *values)
+        inherent = error_in_sequence(dlogits, weight.T) if name == "dhidden" else 0.0
+        helpers.assert_close(name, *values, inherent)
 
 
 MEANS = [("float32", case, r) for case, r in zip(LINEAR, ("mean", "sum") * 3, strict=True)]
@@ -93,6 +102,7 @@ def test_linear_means_and_sums(implementation, dtype, case, reduction, of_lse):
     dlse = helpers.random(2, "float32", shape)[0] * of_lse
     counted = (labels != options.get("ignore_index", IGNORED)).sum() if reduction == "mean" else 1
     fixed = reference.Options(**options)
+    weight = tensors[1]
     logits = reference.linear_logits(*tensors)
     exact = reference.forward(logits, labels, fixed)
     dlogits = reference.backward(logits, labels, 3 / counted, dlse, fixed)
@@ -122,7 +132,8 @@ def test_linear_means_and_sums(implementation, dtype, case, reduction, of_lse):
     names = ("dhidden", "dweight", "dbias")[: len(tensors)]
     for name, *values in zip(names, gradients, exact_gradients, plain_gradients, strict=False):
         assert values[0].dtype == jnp.dtype(dtype)
-        helpers.assert_close(name, *values)
+        inherent = error_in_sequence(dlogits, weight.T) if name == "dhidden" else 0.0
+        helpers.assert_close(name, *values, inherent)
 
 
 @pytest.mark.parametrize("limit", [(5, 1), (8, 8)])

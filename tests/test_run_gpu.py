@@ -23,6 +23,30 @@ def test_counts_are_those_of_pytest(tmp_path):
     counts = run_gpu.run_pytest([str(tmp_path), "-q", "-p", "no:cacheprovider"])
     assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 2, 1)
     assert counts["exit_code"] == 1
+    names = [test.rsplit("::")[-1] for test in counts["failed_tests"]]
+    assert names == ["test_bad", "test_error"]
+
+
+def test_failed_tests_run_again_and_only_they(tmp_path, monkeypatch):
+    """Their new results take the place of the old; what does not run at all changes nothing."""
+    before = dict(passed=7, failed=2, skipped=1, exit_code=1, seconds=5, failed_tests=["a", "b"])
+    seen = []
+
+    def run_pytest(arguments):
+        seen.append(arguments)
+        return results.pop(0)
+
+    monkeypatch.setattr(run_gpu, "run_pytest", run_pytest)
+    again = dict(passed=1, failed=1, skipped=0, exit_code=1, seconds=2, failed_tests=["b"])
+    results = [again, dict(again, passed=0, failed=0), dict(again, failed=0, exit_code=0)]
+    after = run_gpu.run_again(before, "2", ["-q"])
+    assert seen == [["a", "b", "-n", "2", "-q"]]
+    assert (after["passed"], after["failed"], after["skipped"]) == (8, 1, 1)
+    assert (after["failed_tests"], after["ran_again"]) == (["b"], ["a", "b"])
+    nothing_ran = run_gpu.run_again(after, "2", [])
+    assert (nothing_ran["passed"], nothing_ran["failed"]) == (8, 1) and nothing_ran["exit_code"]
+    good = run_gpu.run_again(after, "2", [])
+    assert (good["passed"], good["failed"], good["exit_code"]) == (9, 0, 0)
 
 
 def test_pytest_that_cannot_start_is_no_success(tmp_path):
