@@ -20,9 +20,10 @@ _POOL_BYTES = 24 << 30  # of arguments that torch's launches use up, made before
 
 def norm_operands(workload: Workload, operands):
     """x, weight, bias or None, residual, dropout key or None."""
-    x, weight, *rest = operands
-    bias = rest.pop(0) if workload.kind == "ln" else None
-    residual, *key = rest
+    x, weight = operands[:2]
+    has_bias = workload.kind == "ln"
+    bias = operands[2] if has_bias else None
+    residual, *key = operands[2 + has_bias :]
     return x, weight, bias, residual, key[0] if key else None
 
 
@@ -219,6 +220,7 @@ def prepare_torch(provider: str, workload: Workload, call, primals, dout, consta
     nothing, as it does in a jitted program.
     """
     import torch
+    import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False  # a backward runs again and again
     makers = providers.prepare_torch(call, primals, dout, constants)

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 
 from jax_flash._ops import _register
 from jax_flash._ops._batch import batch_shape, canonical
-from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
+from jax_flash._ops._op import Implementation, Op, ffi_call
+from jax_flash._ops._partition import BATCH, Signature, is_off
 
 
 @dataclasses.dataclass(frozen=True)
