@@ -6,9 +6,9 @@
 
 One program a library, alike but for the attention call: pre-norm blocks under one `lax.scan`, bf16
 products, float32 parameters, Adam; token embedding and tied head. Their first losses, from the same
-parameters, must agree; then steps are timed in bursts, in random order. Attention's own share is
-timed alone, at the model's shapes, times the layers. Rows go to
-benchmarks/results/<device>/model.csv.
+parameters, must agree (the last of them is in the row; rows until 2026-11-20 have one that compares
+nothing); then steps are timed in bursts, in random order. Attention's own share is timed alone, at
+the model's shapes, times the layers. Rows go to benchmarks/results/<device>/model.csv.
 """
 
 from __future__ import annotations

@@ -264,6 +264,18 @@ def test_model_trains_and_leaves_rows(tmp_path, capsys, quick_compilation):
     assert len(readme.model(found).splitlines()) == 6  # the model, a gap, four lines of a table
 
 
+def test_model_refuses_another_attention(tmp_path, monkeypatch, capsys, quick_compilation):
+    """A mask that one program lacks shows in the first losses: no row."""
+    full = ("jax", lambda workload: jax.nn.dot_product_attention)
+    monkeypatch.setitem(providers.PROVIDERS, "jax_nn_xla", full)
+    alone = {(name, "backward"): 1.0 for name in ("jax_flash", "jax_nn_xla")}
+    monkeypatch.setattr(model, "attention_alone", lambda *args: alone)
+    path = tmp_path / "model.csv"
+    arguments = ["--tiny", "--attention", "jax_flash,jax_nn_xla", "--out", str(path)]
+    assert model.main(arguments) == 1
+    assert "first losses differ" in capsys.readouterr().err and not path.exists()
+
+
 @pytest.mark.parametrize("dropout", ["0", "0.1"])
 def test_fused_model_is_the_plain_one(dropout, tmp_path, capsys, quick_compilation):
     """First losses agree, which the run demands, and both rows are there."""
