@@ -296,6 +296,7 @@ def dropout_add_norm(
         x_rows=x_rows,
         out_rows=count,
         dropout_threshold=threshold,
+        sums_are_last=jax.device_count() == 1,
         implementation=implementation,
     )
     tied = is_off(weight1)
