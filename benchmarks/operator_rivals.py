@@ -259,4 +259,5 @@ def recorded(make: Callable) -> Callable:
         graph.replay()
         return result
 
+    replay.recorded = run  # what it reads must stay, a backward's residuals above all
     return replay
