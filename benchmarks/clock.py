@@ -63,18 +63,21 @@ class Timed:
         self.host_bound += (enqueued - start) / first / self.calls > 0.85 * self.seconds[-1]
 
     def warm_up(self, target: float) -> None:
-        """Bursts of 1 and of 2 launches; of as many as fill `target` seconds by the time of those,
-        which includes a burst's start, 0.2 to 0.4 ms; then of as many as really do. The last also
-        makes the allocator take all the memory that it will need."""
+        """Bursts of 1, of 2, which says how many launches fill `target` seconds, and of as many,
+        which makes the allocator take all the memory that it will need. How many really do, without
+        a burst's start of 0.2 to 0.4 ms, the last one says better."""
         self.burst()
         self.launches = 2
         self.burst()
-        for _ in range(2):
-            launch = max(self.seconds[-1] * self.calls, 1e-7)
-            self.launches = max(1, min(500, round(target / launch)))
-            self.burst()
+        self.launches = self._launches(target)
+        self.burst()
+        self.launches = self._launches(target)
         self.seconds.clear()
         self.host_bound = 0
+
+    def _launches(self, target: float) -> int:
+        launch = max(self.seconds[-1] * self.calls, 1e-7)
+        return max(1, min(500, round(target / launch)))
 
     def median(self) -> float:
         return statistics.median(self.seconds)
