@@ -257,11 +257,8 @@ def operators(rows: Rows) -> str:
     header = ["operator", "direction", "jax_flash", "of the ceiling"]
     text = _table([*header, *(f"over {LABELS[rival]}" for rival in rivals)], lines)
     if compared:
-        text += f"\nBehind the fastest rival of their run: {len(behind)} of {compared} lines"
-        text += "".join(
-            f"{', ' if i else ': '}{word}" for i, (_, word) in enumerate(sorted(behind))
-        )
-        text += ".\n"
+        named = ", ".join(word for _, word in sorted(behind)) or "none"
+        text += f"\nBehind the fastest rival of their run, {len(behind)} of {compared}: {named}.\n"
     return text
 
 
