@@ -7,6 +7,8 @@ raises Unsupported with the reason. They are on a GPU alone, and imported where 
 from __future__ import annotations
 
 import functools
+import gc
+import sys
 from collections.abc import Callable
 
 import jax
@@ -211,6 +213,13 @@ def quack_call(workload: Workload) -> Callable:
         return rmsnorm(x, weight, residual=residual, eps=EPSILON, prenorm=True)
 
     return norm
+
+
+def free_memory() -> None:
+    """What torch keeps of tensors that are gone, for JAX; without torch, nothing."""
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        gc.collect()  # graphs and calls in cycles
+        torch.cuda.empty_cache()
 
 
 def prepare_torch(provider: str, workload: Workload, call, primals, dout, constants):
