@@ -13,17 +13,17 @@ template <typename Result, bool kTotal, int kThreads, int kUnroll, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     gradients_kernel(const __grid_constant__ ForwardParams f,
                      const __grid_constant__ BackwardParams p) {
-  using Sums = RowSums<float, kTotal, false, kThreads>;
-  constexpr int kSize = Sums::kSize;
-  constexpr float kNothing = Sums::Sum::kNothing;
+  using Sum = ExpSum<false>;
+  constexpr int kSize = 4, kWarps = kThreads / 32;
   using ResultVector = device::Vector<Result, kSize>;
-  __shared__ typename Sums::Smem smem;
+  __shared__ float warp_references[kWarps], warp_sums[kWarps], warp_totals[kWarps];
 
   const int64_t row = blockIdx.x, first = row * f.vocabulary;
   const float* logits = static_cast<const float*>(f.logits) + first;
   Result* dlogits = static_cast<Result*>(p.dlogits) + first_result_row(p) * f.vocabulary + first;
   const Columns<kSize> columns(first, f.vocabulary);
-  const int thread = threadIdx.x;
+  const int thread = threadIdx.x, lane = thread % 32;
+  const float factor = f.scale * kLog2e;
   const int32_t label = f.labels[row];
   const bool is_class = label >= 0 && label < f.vocabulary;
 
@@ -36,16 +36,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const auto load = [&](int i) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        next[u] = {kNothing, kNothing, kNothing, kNothing};
+        next[u] = {Sum::kNothing, Sum::kNothing, Sum::kNothing, Sum::kNothing};
         if (columns.has(i + u * kThreads)) next[u] = __ldcg(source + u * kThreads);
       }
       source += kUnroll * kThreads;
     };
     load(thread);
     const float label_logit = thread == 0 && is_class ? logits[label] : 0.0f;
-    Sums sums(f.scale * kLog2e);
-    sums.take_one(logits, columns.head_column(thread));
-    sums.take_one(logits, columns.tail_column(thread));
+    Sum exp_sum;
+    float total = 0.0f;
+    exp_sum.template add_one<kTotal>(logits, columns.head_column(thread), factor, total);
+    exp_sum.template add_one<kTotal>(logits, columns.tail_column(thread), factor, total);
     for (int i = thread; i < columns.end; i += kUnroll * kThreads) {
       float x[kUnroll][kSize];
 #pragma unroll
@@ -53,17 +54,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         x[u][0] = next[u].x, x[u][1] = next[u].y, x[u][2] = next[u].z, x[u][3] = next[u].w;
       }
       load(i + kUnroll * kThreads);
-      sums.add(x);
-      sums.add_total(x, columns, i);
+      exp_sum.add(x, factor);
+      if (kTotal) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          if (columns.has(i + u * kThreads)) total += (x[u][0] + x[u][1]) + (x[u][2] + x[u][3]);
+        }
+      }
     }
-    sums.combine_lanes();
-    sums.leave(smem);
+    const device::Lanes<32> lanes;
+    exp_sum.combine(lanes, factor);
+    if (kTotal) total = lanes.sum(total);
+    if (lane == 0) {
+      warp_references[thread / 32] = exp_sum.reference;
+      warp_sums[thread / 32] = exp_sum.sum;
+      warp_totals[thread / 32] = total;
+    }
     __syncthreads();  // every warp reads what all have written
-    sums.gather(smem);
-    lse = sums.lse(f.scale);
+    exp_sum.gather(warp_references, warp_sums, lane, lanes, factor);
+    lse = fmaf(exp_sum.reference, f.scale, logf(exp_sum.sum));
+    if (thread < 32 && kTotal) total = lanes.sum(lane < kWarps ? warp_totals[lane] : 0.0f);
     if (thread == 0) {
       f.label_logit[row] = label_logit * f.scale;
-      if (kTotal) f.total[row] = sums.total * f.scale;
+      if (kTotal) f.total[row] = total * f.scale;
     }
   } else if (thread == 0) {
     f.label_logit[row] = 0.0f;
