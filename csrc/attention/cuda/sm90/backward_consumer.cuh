@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention/cuda/sm90/backward_common.cuh"
+#include "attention/cuda/sm90/backward_terms.cuh"
 #include "device/element.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
@@ -31,6 +32,21 @@ __device__ __forceinline__ void exponentiate(float (&rS)[2 * kGroups][4],
   }
 }
 
+// The same where -lse / scale is a term of S.
+template <typename Element, int kGroups>
+__device__ __forceinline__ void exponentiate(float (&rS)[2 * kGroups][4],
+                                             uint32_t (&rP)[kGroups][4], float scale_log2) {
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      rS[2 * j][e] = ptx::exp2_approx(rS[2 * j][e] * scale_log2);
+      rS[2 * j + 1][e] = ptx::exp2_approx(rS[2 * j + 1][e] * scale_log2);
+    }
+    device::pack_operand<Element>(rP[j], rS[2 * j], rS[2 * j + 1]);
+  }
+}
+
 // dS = P * (dP - delta) of the j-th 16 queries, multiplied in pairs of 16 bits.
 template <typename Element, int kN>
 __device__ __forceinline__ void differentiate(const float (&rDP)[kN][4], const uint32_t (&rP)[4],
@@ -43,6 +59,46 @@ __device__ __forceinline__ void differentiate(const float (&rDP)[kN][4], const u
     rDS[word] = device::multiply<Element>(
         rP[word], device::pack<Element>(dp[word % 2 * 2] - even, dp[word % 2 * 2 + 1] - odd));
   }
+}
+
+// The same where -delta is a term of dP.
+template <typename Element, int kN>
+__device__ __forceinline__ void differentiate(const float (&rDP)[kN][4], const uint32_t (&rP)[4],
+                                              int j, uint32_t (&rDS)[4]) {
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    const float (&dp)[4] = rDP[2 * j + word / 2];
+    rDS[word] = device::multiply<Element>(
+        rP[word], device::pack<Element>(dp[word % 2 * 2], dp[word % 2 * 2 + 1]));
+  }
+}
+
+// S^T = K Q^T or dP^T = V dO^T of a warpgroup's 64 keys, which `keys` points to; where kHasTerms on
+// top of what add_terms has begun.
+template <typename Element, typename KeyTile, bool kHasTerms, typename QueryTile, int kN>
+__device__ __forceinline__ void multiply_keys(float (&rD)[kN][4], ptx::MatrixDescriptor keys,
+                                              const QueryTile& queries) {
+  const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&queries, 0);
+  if constexpr (!kHasTerms) {
+    ptx::wgmma_pin(rD);
+    ptx::wgmma_fence();
+  }
+#pragma unroll
+  for (int k = 0; k < KeyTile::kCols / 16; ++k) {
+    ptx::wgmma<Element, false, false>(
+        rD, keys + k / 4 * (KeyTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16,
+        b + k / 4 * (QueryTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16, kHasTerms || k > 0);
+  }
+}
+// The terms of the queries, the first product of S^T or dP^T.
+template <typename Element, int kN>
+__device__ __forceinline__ void add_terms(float (&rD)[kN][4], const TermTile<8 * kN>& terms,
+                                          const WeightTile& weights) {
+  ptx::wgmma_pin(rD);
+  ptx::wgmma_fence();
+  ptx::wgmma<Element, true, true>(rD, ptx::MatrixDescriptor(&weights, 0),
+                                  ptx::MatrixDescriptor(&terms, TermTile<8 * kN>::kSlabBytes),
+                                  false);
 }
 
 // dV += P^T dO or dK += dS^T Q.

@@ -22,6 +22,7 @@ struct WideTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = 64, kBlockN = 64;  // queries of a step, keys of the CTA
   static constexpr int kStages = 2;                 // Q and dO tiles in shared memory
+  static constexpr int kTermRows = 0;               // no room for them
   static constexpr bool kAddsInOrder = false;       // to dQ, where deterministic
   static constexpr int kThreads = 512;
   // 4 x 128 registers a thread of each warpgroup's rank at launch.

@@ -81,7 +81,7 @@ __device__ __forceinline__ void bring_operands(const BackwardArguments& a,
       const bool is_whole = rows >= kBlockM;
       if (is_leader) {
         const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
-        const float* stats = reinterpret_cast<float*>(a.plan.stats) + int64_t{sum} * (2 * kBlockM);
+        const float* stats = reinterpret_cast<float*>(a.plan.stats) + int64_t{sum} * (4 * kBlockM);
         constexpr uint32_t kBytes = sizeof(QueryTile) + kBlockM * sizeof(float);
         ptx::Mbarrier& q_full = is_whole ? smem.q_full[stage] : smem.ragged;
         ptx::Mbarrier& dout_full = is_whole ? smem.dout_full[stage] : smem.ragged;
