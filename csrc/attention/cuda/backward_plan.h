@@ -39,7 +39,7 @@ struct BackwardPlan {
   int64_t key_tile_elements = 0;              // of one slot's dK or dV
   // The sm_90a kernels' own: a list of their key tiles; counters, of tiles taken and, where
   // deterministic, of the additions to each tile of dQ.
-  void* places = nullptr;   // [batches, kv_heads, key slots of 64, key_splits] entries
+  void* places = nullptr;   // [batches, kv_heads, key slots of 64, key_splits] entries, and the end
   int* counters = nullptr;  // [4 + 2 * batches * heads * query slots of 64]
   int64_t bytes = 0;
 };
@@ -93,7 +93,7 @@ inline BackwardPlan make_backward_plan(const BackwardParams& p, int block_m, int
   plan.dkv_sum = reinterpret_cast<float*>(base + stats_bytes + dq_bytes);
   base += stats_bytes + dq_bytes + dkv_bytes;
   const int64_t places_bytes =
-      columns * plan.key_splits * plan_slots(p, p.seq_k, 64) * kPlanPlaceBytes;
+      (columns * plan.key_splits * plan_slots(p, p.seq_k, 64) + 1) * kPlanPlaceBytes;
   plan.places = base;
   plan.counters = reinterpret_cast<int*>(base + places_bytes);
   const int64_t counters_bytes =

@@ -30,7 +30,7 @@ struct BackwardTraits {
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
   static constexpr int kTermRows = 2 * kTermParts;  // of S and of dP
   static constexpr bool kAddsInOrder = true;        // to dQ, where deterministic
-  static constexpr int kThreads = 128 + kConsumerThreads;
+  static constexpr int kClusterSize = 1, kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   // dQ is cut into blocks of 64 queries x 64 dims, one a warpgroup.

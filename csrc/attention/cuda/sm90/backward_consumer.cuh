@@ -101,6 +101,22 @@ __device__ __forceinline__ void add_terms(float (&rD)[kN][4], const TermTile<8 *
                                   false);
 }
 
+// What S^T or dP^T begins with where add_terms does not: the stats of its queries times `factor`. A
+// load from shared memory takes 90 to 160 clocks beside wgmma (H200, ncu's samples, 2026-11-28):
+// here it is under the product before, and holds no registers.
+template <int kN>
+__device__ __forceinline__ void begin_scores(float (&rS)[kN][4], const float* stats, float factor,
+                                             int quad_lane) {
+#pragma unroll
+  for (int j = 0; j < kN / 2; ++j) {
+    const float4 x = *reinterpret_cast<const float4*>(stats + 16 * j + 4 * quad_lane);
+    rS[2 * j][0] = rS[2 * j][2] = x.x * factor;
+    rS[2 * j][1] = rS[2 * j][3] = x.y * factor;
+    rS[2 * j + 1][0] = rS[2 * j + 1][2] = x.z * factor;
+    rS[2 * j + 1][1] = rS[2 * j + 1][3] = x.w * factor;
+  }
+}
+
 // dV += P^T dO or dK += dS^T Q.
 template <typename Element, typename QueryTile, int kN, int kGroups>
 __device__ __forceinline__ void accumulate(float (&rD)[kN][4], uint32_t (&rA)[kGroups][4],
@@ -115,11 +131,11 @@ __device__ __forceinline__ void accumulate(float (&rD)[kN][4], uint32_t (&rA)[kG
   }
 }
 
-// Writes a warpgroup's 64 keys of dK or dV, times `scale`, into a tile of shared memory.
+// Writes a warpgroup's 64 keys of dK or dV, times `scale`, into a tile of shared memory. `address`
+// is that of the warp's first row.
 template <typename Element, typename Tile, int kN>
-__device__ __forceinline__ void stage_gradient(Tile& tile, const float (&rD)[kN][4], float scale) {
-  using Address = device::LdmatrixAddress<Tile>;
-  const Address address(tile, Address::Order::kRowsFirst, threadIdx.x % 128 / 32 * 16);
+__device__ __forceinline__ void stage_gradient(const device::LdmatrixAddress<Tile>& address,
+                                               const float (&rD)[kN][4], float scale) {
 #pragma unroll
   for (int j = 0; j < kN / 2; ++j) {
     uint32_t packed[4];
@@ -141,7 +157,9 @@ __device__ __forceinline__ void store_gradient(Tile& tile, const float (&rD)[kN]
                                                int cols, int barrier) {
   constexpr int kChunks = kN;
   const int thread = threadIdx.x % 128, col = thread % kChunks * 8;
-  stage_gradient<Element>(tile, rD, scale);
+  using Address = device::LdmatrixAddress<Tile>;
+  stage_gradient<Element, Tile>(
+      Address(tile, Address::Order::kRowsFirst, threadIdx.x % 128 / 32 * 16), rD, scale);
   ptx::named_barrier_sync(barrier, 128);  // The tile is written before others copy it.
 #pragma unroll
   for (int first = 0; first < 64; first += 128 / kChunks) {

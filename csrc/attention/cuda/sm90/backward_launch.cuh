@@ -60,10 +60,13 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
       error != cudaSuccess) {
     return cudaGetErrorString(error);
   }
-  prepare_kernel<Traits><<<static_cast<unsigned>(query_tiles + ceil_div(num_places, kPlacesPerCta)),
-                           kPassThreads, 0, stream>>>(a);
-  kernel<<<static_cast<unsigned>(std::min<int64_t>(num_places, multiprocessors)), Traits::kThreads,
-           kSharedBytes, stream>>>(a);
+  prepare_kernel<Traits>
+      <<<static_cast<unsigned>(query_tiles + ceil_div(num_places + 1, kPlacesPerCta)), kPassThreads,
+         0, stream>>>(a);
+  // CTAs, or clusters of them, each with a key tile at a time.
+  const int64_t workers = std::min<int64_t>(num_places, multiprocessors / Traits::kClusterSize);
+  kernel<<<static_cast<unsigned>(workers * Traits::kClusterSize), Traits::kThreads, kSharedBytes,
+           stream>>>(a);
   const int64_t finish_ctas = query_tiles + (plan.key_splits > 1 ? 2 * key_tiles : 0);
   finish_kernel<Traits><<<static_cast<unsigned>(finish_ctas), kPassThreads, 0, stream>>>(a);
   return launch_status();

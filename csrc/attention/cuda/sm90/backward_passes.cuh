@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kPassThreads)
   if (tile >= query_tiles) {
     const int index = static_cast<int>((tile - query_tiles) * kPlacesPerCta + threadIdx.x / 32);
     if (index == 0 && threadIdx.x == 0) *a.next_tile = 0;
+    if (index == a.num_places && threadIdx.x % 32 == 0) a.places[index].exists = false;
     if (index >= a.num_places) return;
     const KeyTilePlace place = find_place<kBlockM, Traits::kBlockN>(a, index);
     if (threadIdx.x % 32 == 0) a.places[index] = place;
