@@ -16,7 +16,7 @@ namespace jax_flash::attention::sm90 {
 // to the same sums of dQ; with more, L2 no longer serves them. Else one.
 inline int section_columns(const Problem& p, int64_t columns, int head_dim) {
   if (p.mask.window_right >= p.seq_k && p.mask.window_left >= p.seq_q && !p.mask.varlen) return 1;
-  int section = head_dim > 128 ? 16 : 32;
+  int section = head_dim > 128 ? 8 : 32;
   while (columns % section != 0) --section;
   return section;
 }

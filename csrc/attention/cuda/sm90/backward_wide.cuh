@@ -306,8 +306,10 @@ class WideConsumer {
     if (thread() == 0) {
       ptx::mbarrier_arrive_expect(smem_.p_full[consumer_], sizeof(typename Traits::Probabilities));
     }
-    __syncwarp();  // All lanes have read P.
-    release_at(smem_.p_empty[consumer_], 0);
+    // The last load of the warp, and so all, have ended: the values CTA may write there again.
+    if (thread() % 32 == 0) {
+      ptx::mbarrier_arrive_at_after(smem_.p_empty[consumer_], 0, rP[kGroups - 1][3]);
+    }
   }
 
   // Writes dV or dK, through the place of this consumer's keys.

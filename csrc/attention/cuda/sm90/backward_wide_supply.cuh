@@ -156,7 +156,6 @@ __device__ __forceinline__ void pass_scores(typename Traits::Smem& smem) {
     const KeyTilePlace& place = smem.places[t % 2];
     if (!place.exists) break;
     const int steps = place.num_steps;
-    ptx::mbarrier_arrive_at(smem.place_empty[t % 2], 0);
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       ptx::mbarrier_wait(smem.own_ds_full, phase);
@@ -166,6 +165,7 @@ __device__ __forceinline__ void pass_scores(typename Traits::Smem& smem) {
       phase ^= 1;
       ring.advance();
     }
+    ptx::mbarrier_arrive_at(smem.place_empty[t % 2], 0);
   }
 }
 
@@ -178,7 +178,6 @@ __device__ __forceinline__ void confirm_scores(typename Traits::Smem& smem) {
     const KeyTilePlace& place = smem.places[t % 2];
     if (!place.exists) break;
     const int steps = place.num_steps;
-    ptx::mbarrier_arrive_at(smem.place_empty[t % 2], 0);
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       ptx::mbarrier_wait(smem.ds_full[ring.stage], ring.phase);
@@ -186,6 +185,7 @@ __device__ __forceinline__ void confirm_scores(typename Traits::Smem& smem) {
       ptx::mbarrier_arrive_at(smem.own_ds_empty, 1);
       ring.advance();
     }
+    ptx::mbarrier_arrive_at(smem.place_empty[t % 2], 0);
   }
 }
 
