@@ -1,5 +1,5 @@
 """Scores and values that an online softmax can stumble over: maxima that grow, fall or jump from
-tile to tile, first tiles without a key, sums near overflow. The output and lse, in 16-bit types."""
+tile to tile, first tiles without a key, sums near overflow. In 16-bit types."""
 
 import functools
 
@@ -132,6 +132,27 @@ def test_values_near_overflow(implementation, dtype, slope):
         if OPTIONS[option].get("dropout_rate"):
             v *= 0.5  # what is kept is scaled up
         check_forward(implementation, q, k, v.astype(jnp.dtype(dtype)), option)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("slope", ["growing", "saw", "far below zero", "far above zero"])
+@pytest.mark.parametrize("dout_scale", [2.0**-12, 1.0, 2.0**9])
+def test_gradients(implementation, dtype, slope, dout_scale):
+    """lse and delta far from 1: the Hopper backward adds them up from 16-bit parts."""
+    options = dict(is_causal=True, causal_offset="bottom_right")
+    ok = reference.allowed(1, HEADS, SEQ_Q, SEQ_K, **helpers.mask_options(options))
+    for head_dim in (64,) if implementation == "cpu" else (64, 128, 256):
+        q, k = scores_as_tensors(SLOPES[slope], dtype, head_dim, seed=head_dim)
+        v = helpers.random(3, dtype, (1, SEQ_K, HEADS, head_dim))[0]
+        helpers.check_call(
+            implementation,
+            functools.partial(helpers.attend_packed, "separate", implementation, options),
+            (q, k, v),
+            ok=ok,
+            scale=head_dim**-0.5,
+            dout_scale=dout_scale,
+        )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
