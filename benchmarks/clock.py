@@ -45,7 +45,7 @@ class Timed:
             self.launches = refill(self.launches)
         # What the host needs for a launch shows in the first ones: JAX lets 32 programs wait, and
         # then the host runs at the device's pace.
-        first = min(16, self.launches)
+        first = min(16, self.launches, self.waiting)
         results: collections.deque = collections.deque()
         with providers.environment(self.provider):
             start = time.perf_counter()
@@ -162,7 +162,7 @@ class RowFile:
         seconds = entry.median()
         host_bound = int(
             jax.default_backend() == "gpu"
-            and seconds * entry.calls < 4e-4  # a full queue also makes the host wait
+            and seconds * entry.calls < 1e-3  # longer ones leave the host time
             and entry.host_bound > len(entry.seconds) // 2
         )
         self._rows.writerow(

@@ -5,9 +5,10 @@
     python -m benchmarks.model --profile           # where the device's time goes, kernel by kernel
 
 One program a library, alike but for the attention call: pre-norm blocks under one `lax.scan`, bf16
-products, float32 parameters, Adam; token embedding and tied head. Steps are timed in bursts, in
-random order. Attention's own share is timed alone, at the model's shapes, times the layers. Rows go
-to benchmarks/results/<device>/model.csv.
+products, float32 parameters, Adam; token embedding and tied head. Their first losses, from the same
+parameters, must agree (the last of them is in the row; rows until 2026-11-20 have one that compares
+nothing); then steps are timed in bursts, in random order. Attention's own share is timed alone, at
+the model's shapes, times the layers. Rows go to benchmarks/results/<device>/model.csv.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ KINDS = {
 }
 COLUMNS += KINDS.values()
 ATTENTION = ("jax_flash", "jax_nn_cudnn")
+FIRST_STEPS, LOSSES_APART = 3, 2e-4  # the latter relative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,20 +152,45 @@ def compiled_steps(losses: dict, state, tokens, options=None) -> dict:
     return steps
 
 
+def first_losses(steps: dict, fresh, tokens) -> dict[str, list[float]]:
+    """Name -> losses of its first steps; each program begins with `fresh()`, the same state."""
+    losses: dict[str, list[float]] = {}
+    for name, one in steps.items():
+        state, losses[name] = fresh(), []
+        with providers.environment(name):
+            for _ in range(FIRST_STEPS):
+                state, value = one(state, tokens)
+                losses[name].append(float(value))
+        del state  # one copy fits beside a step
+    return losses
+
+
+def disagreement(losses: dict[str, list[float]]) -> str | None:
+    """What is wrong if a program's losses are not the first one's; or None.
+
+    The first is of the same parameters; the others show the gradients too. A tiny model's differ by
+    1e-5 of themselves on a CPU, with a causal mask forgotten by 5e-4.
+    """
+    first, *others = losses.values()
+    allowed = LOSSES_APART * first[0]
+    agree = (abs(a - b) <= allowed for other in others for a, b in zip(first, other, strict=True))
+    return None if all(agree) else f"first losses differ: {losses}"
+
+
 def time_steps(steps: dict, state, tokens, args):
-    """Bursts in random order -> (state, name -> seconds a step of each burst, name -> loss)."""
+    """Bursts in random order -> (state, name -> seconds a step of each burst)."""
     # The state is donated from step to step, whoever's turn it is: one copy fits beside a step.
-    seconds, losses = collections.defaultdict(list), {}
+    seconds = collections.defaultdict(list)
     for warm_up in [True] + [False] * args.rounds:
         for name in random.sample(list(steps), len(steps)):
             with providers.environment(name):
                 start = time.perf_counter()
                 for _ in range(args.steps):
                     state, value = steps[name](state, tokens)
-                losses[name] = float(value)
+                jax.block_until_ready(value)
             if not warm_up:
                 seconds[name].append((time.perf_counter() - start) / args.steps)
-    return state, seconds, losses
+    return state, seconds
 
 
 def profile_steps(steps: dict, state, tokens) -> dict[str, dict[str, list[float]]]:
@@ -313,13 +340,21 @@ def main(argv=None) -> int:
 
     shape = (model.batch, model.seq + 1)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, model.vocabulary)
-    state = first_state(jax.jit(init, static_argnums=(0, 1))(model, 0))
+    make = jax.jit(init, static_argnums=(0, 1))
+
+    def fresh():
+        return first_state(make(model, 0))
+
     attends = {name: providers.PROVIDERS[name][1](workload(model)) for name in names}
     by_attention = {
         name: functools.partial(loss, model, attend) for name, attend in attends.items()
     }
-    steps = compiled_steps(by_attention, state, tokens)
-    state, seconds, losses = time_steps(steps, state, tokens, args)
+    steps = compiled_steps(by_attention, jax.eval_shape(fresh), tokens)
+    losses = first_losses(steps, fresh, tokens)
+    if wrong := disagreement(losses):
+        print(wrong, file=sys.stderr)
+        return 1
+    state, seconds = time_steps(steps, fresh(), tokens, args)
     profiles = profile_steps(steps, state, tokens) if args.profile else {}
     rows = []
     for name in names:
@@ -329,7 +364,7 @@ def main(argv=None) -> int:
             attention=name,
             forward_ms=f"{alone[name, 'forward']:.2f}",
             backward_ms=f"{alone[name, 'backward']:.2f}",
-            loss=f"{losses[name]:.4f}",
+            loss=f"{losses[name][-1]:.4f}",
         )
         if name in profiles:
             kinds = profile_by_kind(name, profiles[name])

@@ -6,24 +6,19 @@ JAX arrays or torch tensors. What it cannot do raises Unsupported.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import providers
+from benchmarks import operator_rivals, providers
+from benchmarks.operator_rivals import norm_operands
 from benchmarks.operator_workloads import EPSILON, SCALE, SMOOTHING, Data, Workload
 from benchmarks.providers import Unsupported
 
+_SHARED_BYTES = 1 << 20  # of an operand that the calls of a launch have in common
 _POOL_SHARE = 0.5  # of the device's memory: arguments that launches use up, made before a burst
-
-
-def _norm_operands(workload: Workload, operands):
-    """x, weight, bias or None, residual, dropout key or None."""
-    x, weight, *rest = operands
-    bias = rest.pop(0) if workload.kind == "ln" else None
-    residual, *key = rest
-    return x, weight, bias, residual, key[0] if key else None
 
 
 # ---- jax_flash
@@ -36,7 +31,7 @@ def jax_flash_call(workload: Workload, implementation: str | None) -> Callable:
     chosen = dict(implementation=implementation)
 
     def norm(*operands):
-        x, weight, bias, residual, key = _norm_operands(workload, operands)
+        x, weight, bias, residual, key = norm_operands(workload, operands)
         of_kind = dict(ln=jax_flash.dropout_add_layer_norm, rms=jax_flash.dropout_add_rms_norm)
         options = dict(epsilon=EPSILON, prenorm=True, **chosen)
         if key is not None:
@@ -82,7 +77,7 @@ def xla_call(workload: Workload) -> Callable:
     wide = jnp.float32
 
     def norm(*operands):
-        x, weight, bias, residual, key = _norm_operands(workload, operands)
+        x, weight, bias, residual, key = norm_operands(workload, operands)
         if key is not None:
             kept = jax.random.bernoulli(
                 jax.random.wrap_key_data(key), 1 - workload.dropout_rate, x.shape
@@ -136,121 +131,28 @@ def xla_call(workload: Workload) -> Callable:
     return calls[workload.operator]
 
 
-def tokamax_call(workload: Workload) -> Callable:
-    import tokamax
-
-    if workload.operator != "norm" or workload.dropout_rate:
-        raise Unsupported("of these operators tokamax has the norms, without dropout")
-
-    def norm(*operands):
-        x, weight, bias, residual, _ = _norm_operands(workload, operands)
-        s = x + residual
-        options = dict(subtract_mean=workload.kind == "ln", epsilon=EPSILON)
-        return tokamax.layer_norm(s, weight, bias, implementation="triton", **options), s
-
-    return norm
-
-
-# ---- torch
-
-
-def torch_compile_call(workload: Workload) -> Callable:
-    import torch
-    from torch.nn import functional
-
-    def norm(*operands):
-        x, weight, bias, residual, _ = _norm_operands(workload, operands)
-        if workload.dropout_rate:
-            x = functional.dropout(x, workload.dropout_rate, True)
-        s = residual + x
-        width = s.shape[-1:]
-        if workload.kind == "ln":
-            return functional.layer_norm(s, width, weight, bias, EPSILON), s
-        return functional.rms_norm(s, width, weight, EPSILON), s
-
-    def cross_entropy(logits, labels):
-        options = dict(reduction="none", label_smoothing=SMOOTHING)
-        return functional.cross_entropy(logits.float(), labels.long(), **options)
-
-    def softmax(scores, *mask):
-        size = scores.shape[-2:]
-        masked = (
-            mask[0] if mask else torch.ones(size, dtype=torch.bool, device=scores.device).triu(1)
-        )
-        scores = (scores.float() * SCALE).masked_fill(masked, -1e9)
-        return torch.softmax(scores, -1).to(getattr(torch, workload.dtype))
-
-    def turned(x, cos, sin):
-        cos, sin = cos[:, None], sin[:, None]
-        if workload.kind == "half":
-            x1, x2 = x.float().chunk(2, -1)
-            return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
-        x1, x2 = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).flatten(-2).to(x.dtype)
-
-    def dense_gelu(x, weight, bias):
-        return functional.gelu(torch.addmm(bias, x, weight), approximate="tanh")
-
-    calls = dict(norm=norm, cross_entropy=cross_entropy, softmax=softmax, dense_gelu=dense_gelu)
-    calls["linear_cross_entropy"] = lambda x, weight, labels: cross_entropy(x @ weight, labels)
-
-    def rotary(*operands):
-        *arrays, cos, sin = operands
-        if workload.is_packed:
-            q, k, v = arrays[0].unbind(-3)
-            return torch.stack([turned(q, cos, sin), turned(k, cos, sin), v], -3)
-        return tuple(turned(x, cos, sin) for x in arrays)
-
-    calls["rotary"] = rotary
-    calls["mlp"] = lambda x, w1, b1, w2, b2: torch.addmm(b2, dense_gelu(x, w1, b1), w2)
-    return torch.compile(calls[workload.operator], dynamic=False)
-
-
-def liger_call(workload: Workload) -> Callable:
-    """Its norms. Its cross-entropy keeps no logits (the forward turns them into their gradient), so
-    that it has neither direction alone; its softmax has no mask."""
-    if workload.operator != "norm" or workload.dropout_rate:
-        raise Unsupported("of these operators Liger's norms can be timed alike, without dropout")
-    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
-    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-
-    def norm(*operands):
-        x, weight, bias, residual, _ = _norm_operands(workload, operands)
-        if bias is None:
-            options = (EPSILON, 0.0, "llama", False)
-            return LigerFusedAddRMSNormFunction.apply(x, residual, weight, *options)
-        s = x + residual
-        return LigerLayerNormFunction.apply(s, weight, bias, EPSILON), s
-
-    return norm
-
-
-def quack_call(workload: Workload) -> Callable:
-    if workload.kind != "rms" or workload.dropout_rate:
-        raise Unsupported("QuACK: RMSNorm without dropout is the call that has our options")
-    from quack.rmsnorm import rmsnorm
-
-    def norm(*operands):
-        x, weight, _, residual, _ = _norm_operands(workload, operands)
-        return rmsnorm(x, weight, residual=residual, eps=EPSILON, prenorm=True)
-
-    return norm
-
-
 # name -> (library, makes the call)
 PROVIDERS: dict[str, tuple[str, Callable[[Workload], Callable]]] = {
     "jax_flash": ("jax", lambda workload: jax_flash_call(workload, None)),
     "jax_flash_xla": ("jax", lambda workload: jax_flash_call(workload, "xla")),
     "xla": ("jax", xla_call),
-    "torch_compile": ("torch", torch_compile_call),
-    "tokamax": ("jax", tokamax_call),
-    "liger": ("torch", liger_call),
-    "quack": ("torch", quack_call),
+    "torch_compile": ("torch", operator_rivals.torch_compile_call),
+    "tokamax": ("jax", operator_rivals.tokamax_call),
+    "liger": ("torch", operator_rivals.liger_call),
+    "quack": ("torch", operator_rivals.quack_call),
 }
 GPU_ONLY = {"torch_compile", "tokamax", "liger", "quack"}
 # JAX chooses what plain jnp keeps for a backward that is compiled alone, and chooses badly (every
 # float32 intermediate). Its backward is the time of both less that of the forward.
 BACKWARD_BY_DIFFERENCE = {"xla"}
+
+
+def version(provider: str) -> str:
+    """Of the library that the rows are about."""
+    if provider in ("tokamax", "liger", "quack"):
+        package = {"liger": "liger-kernel", "quack": "quack-kernels"}.get(provider, provider)
+        return f"{package} {importlib.metadata.version(package)}"
+    return providers.library_version(PROVIDERS[provider][0])
 
 
 def built_alone(provider: str) -> bool:
@@ -272,7 +174,7 @@ def prepare(provider: str, workload: Workload, data: Data) -> dict[str, Callable
         raise Unsupported(str(error)) from error
     operands = data.primals, data.cotangent, data.constants
     if library == "torch":
-        return providers.prepare_torch(call, *operands)
+        return operator_rivals.prepare_torch(provider, workload, call, *operands)
     makers = providers.prepare_jax(call, *operands, compiled=repeated(workload))
     if workload.in_place:
         in_place = providers.prepare_jax(call, *operands, compiled=repeated(workload, InPlace))
@@ -281,12 +183,28 @@ def prepare(provider: str, workload: Workload, data: Data) -> dict[str, Callable
 
 
 def repeated(workload: Workload, compiled_with: Callable = providers.compiled_with) -> Callable:
-    """Makes jitted calls that run the operator as often as the workload says."""
+    """Makes jitted calls that run the operator as often as the workload says.
+
+    Each has large arrays of its own. Weights, statistics and what is off are shared: every buffer
+    costs the host time, and with 18 a call it was the host that eight small norms waited for.
+    """
     calls = workload.calls
 
     def compiled(function, *args):
-        sets = [args, *(jax.tree.map(jnp.copy, args) for _ in range(calls - 1))]
-        run = compiled_with(lambda sets: [function(*args) for args in sets], sets)
+        leaves, tree = jax.tree.flatten(args)
+        own = [i for i, x in enumerate(leaves) if x.nbytes > _SHARED_BYTES]
+        shared = {i: x for i, x in enumerate(leaves) if i not in own}
+        first = [leaves[i] for i in own]
+        sets = [first, *(jax.tree.map(jnp.copy, first) for _ in range(calls - 1))]
+
+        def run_all(sets, shared):
+            found = (shared | dict(zip(own, arrays, strict=True)) for arrays in sets)
+            return [
+                function(*jax.tree.unflatten(tree, [x[i] for i in range(len(leaves))]))
+                for x in found
+            ]
+
+        run = compiled_with(run_all, sets, shared)
         run.calls = calls
         return run
 

@@ -10,7 +10,9 @@ matrices in the same run. Operators of less than half a gigabyte run several tim
 arrays of their own. The backward is timed alone, from what the forward saved; where it may write
 its result over that or over the cotangent, a launch is given copies to use up; so is packed rotary
 in both directions. Rotary of queries and keys is the layer's, which turns both. For plain jnp
-("xla") it is the time of forward and backward in one program less that of the forward.
+("xla") it is the time of forward and backward in one program less that of the forward. Rivals in
+torch are recorded as CUDA graphs, so that none waits for Python. Liger's cross-entropy has no
+backward of its own: there all have a row of both directions together.
 """
 
 from __future__ import annotations
@@ -38,24 +40,27 @@ COLUMNS = clock.columns("gbs", "tflops")
 def build(workload: Workload, names, directions, report) -> list[clock.Timed]:
     """Compile every call of a workload; what cannot be built is reported."""
     data = jax.block_until_ready(workload.data())
-    jobs = []
+    prepared = {}
     for name in names:
         try:
-            makers = operator_providers.prepare(name, workload, data)
+            prepared[name] = operator_providers.prepare(name, workload, data)
         except providers.Unsupported as reason:
             report(f"  {name}: not measured: {reason}")
-            continue
-        wanted = dict.fromkeys(directions)
+    # Who has no backward of its own is compared in both directions together.
+    together = "backward" in directions and any("backward" not in x for x in prepared.values())
+    jobs = []
+    for name, makers in prepared.items():
+        wanted = dict.fromkeys((*directions, *(["forward_backward"] if together else [])))
         if name in BACKWARD_BY_DIFFERENCE and "backward" in wanted:
             del wanted["backward"]
             wanted |= dict.fromkeys(("forward", "forward_backward"))
-        jobs += [(name, direction, makers[direction]) for direction in wanted]
+        jobs += [(name, way, makers[way]) for way in wanted if way in makers]
     return clock.build(jobs, report, operator_providers.built_alone)
 
 
 def _samples(entry: clock.Timed) -> list[np.ndarray]:
-    """Some elements of each result of one call."""
-    result = entry.call()
+    """Some elements of each result of one call, or of the one to compare in its place."""
+    result = getattr(entry.call, "compared", entry.call)()
     if entry.calls > 1:
         result = result[0]
     found = []
@@ -192,9 +197,9 @@ def _run(args, device: str, path) -> int:
             if not ours.issuperset(directions):
                 wrong.append(workload.name)
             for entry in with_differences(timed):
-                library = PROVIDERS[entry.provider][0]
+                version = operator_providers.version(entry.provider)
                 amounts = workload.gigabytes(entry.direction), workload.tflop(entry.direction)
-                write(workload.name, providers.library_version(library), entry, *amounts)
+                write(workload.name, version, entry, *amounts)
             del timed
     if wrong:
         print(f"not measured, or outputs differ: {', '.join(wrong)}", file=sys.stderr)

@@ -236,7 +236,7 @@ def operators(rows: Rows) -> str:
     """GB/s or TFLOP/s of every operator, beside the ceiling of its run, XLA and the best rival."""
     lines = []
     for name in operator_workloads.WORKLOADS:
-        for direction in ("forward", "backward"):
+        for direction in DIRECTIONS:
             rates, ceiling = rows.rate(name, direction), rows.ceiling_beside(name, direction)
             ours = rates.get("jax_flash")
             if ours is None:
@@ -245,7 +245,7 @@ def operators(rows: Rows) -> str:
             share = f"{100 * ours / ceiling:.0f}%" if ceiling else ""
             over_xla = rows.ratio(name, direction, "xla")
             best = rows.best_rival(name, direction)
-            cells = [f"`{name}`", direction, f"{ours:.0f} {unit}", share]
+            cells = [f"`{name}`", DIRECTIONS[direction], f"{ours:.0f} {unit}", share]
             cells.append(f"{over_xla:.2f}x" if over_xla else "")
             cells.append(f"{best[1]:.2f}x {best[0]}" if best else "")
             lines.append(cells)

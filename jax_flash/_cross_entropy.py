@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jax_flash._ops import cross_entropy as ops
 from jax_flash._ops import cross_entropy_linear as linear_ops
-from jax_flash._ops._op import is_off
+from jax_flash._ops._partition import is_off
 
 
 def unless(ignored: jax.Array, x: jax.Array) -> jax.Array:

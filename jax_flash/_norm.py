@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_flash import _attention as shared
 from jax_flash._attention import refuse
 from jax_flash._ops import norm_xla
-from jax_flash._ops._op import is_off, vary_together
+from jax_flash._ops._op import vary_together
+from jax_flash._ops._partition import is_off
 from jax_flash._ops.norm import NormConfig, norm_backward, norm_forward
 
 _MAX_ROWS = 1 << 32  # a row's number is one word of its dropout counters
@@ -295,6 +296,7 @@ def dropout_add_norm(
         x_rows=x_rows,
         out_rows=count,
         dropout_threshold=threshold,
+        sums_are_last=jax.device_count() == 1,
         implementation=implementation,
     )
     tied = is_off(weight1)

@@ -235,6 +235,8 @@ def _counted_positions(offsets: Any, batch, rows: int, length: int) -> jax.Array
         shared.refuse("offsets", f"an int or shape {batch}", f"shape {array.shape}")
     if known is not None and isinstance(rows, int) and rows:
         _check_range("offsets", known, known.astype(np.int64) + rows - 1, length)
+    if known is not None and not known.any() and jax.device_count() == 1:
+        return jnp.zeros((0,), jnp.int32)  # a kernel counts for itself
     array = array[..., None] if array.ndim else array.reshape((1,) * (len(batch) + 1))
     return array + jnp.arange(rows, dtype=jnp.int32)
 
@@ -261,7 +263,7 @@ def _varlen_rows(cu_seqlens: Any, offsets: Any, batch, rows: int, length: int) -
 
 
 def _positions(positions, offsets, cu_seqlens, batch, rows, length) -> jax.Array:
-    """int32 [*B or 1, T]."""
+    """int32 [*B or 1, T], or off: see _ops/rotary.py."""
     if positions is not None:
         if cu_seqlens is not None or offsets is not None:
             other = "offsets" if cu_seqlens is None else "cu_seqlens"

@@ -264,6 +264,18 @@ def test_model_trains_and_leaves_rows(tmp_path, capsys, quick_compilation):
     assert len(readme.model(found).splitlines()) == 6  # the model, a gap, four lines of a table
 
 
+def test_model_refuses_another_attention(tmp_path, monkeypatch, capsys, quick_compilation):
+    """A mask that one program lacks shows in the first losses: no row."""
+    full = ("jax", lambda workload: jax.nn.dot_product_attention)
+    monkeypatch.setitem(providers.PROVIDERS, "jax_nn_xla", full)
+    alone = {(name, "backward"): 1.0 for name in ("jax_flash", "jax_nn_xla")}
+    monkeypatch.setattr(model, "attention_alone", lambda *args: alone)
+    path = tmp_path / "model.csv"
+    arguments = ["--tiny", "--attention", "jax_flash,jax_nn_xla", "--out", str(path)]
+    assert model.main(arguments) == 1
+    assert "first losses differ" in capsys.readouterr().err and not path.exists()
+
+
 @pytest.mark.parametrize("dropout", ["0", "0.1"])
 def test_fused_model_is_the_plain_one(dropout, tmp_path, capsys, quick_compilation):
     """First losses agree, which the run demands, and both rows are there."""
@@ -326,6 +338,27 @@ def test_operators_refuse_outputs_that_differ(tmp_path, monkeypatch, capsys):
     assert "softmax" not in path.read_text()
 
 
+def test_who_has_no_backward_is_compared_in_both(tmp_path, monkeypatch):
+    """Then everybody has a row of both directions together, and the table a line."""
+    prepare = operator_providers.prepare
+
+    def without_backward(name, *args):
+        makers = prepare(name, *args)
+        if name == "jax_flash_xla":
+            del makers["backward"]
+        return makers
+
+    monkeypatch.setattr(operator_providers, "prepare", without_backward)
+    path = tmp_path / "operators.csv"
+    arguments = ["--dry", "--workloads", "cross_entropy/bf16/50257", "--out", str(path)]
+    assert operators.main([*arguments, "--providers", "jax_flash,jax_flash_xla,xla"]) == 0
+    found = rows.Rows(path)
+    both = found.ms["cross_entropy/bf16/50257", "forward_backward"]
+    assert set(both) == {"jax_flash", "jax_flash_xla", "xla"}
+    assert set(found.ms["cross_entropy/bf16/50257", "backward"]) == {"jax_flash", "xla"}
+    assert "| forward + backward |" in readme.operators(found)
+
+
 def test_fewest_bytes_of_the_operators():
     """As in the targets: GB/s of these bytes are what is aimed at."""
     named = operator_workloads.WORKLOADS
@@ -353,8 +386,9 @@ def test_launches_in_place_take_fresh_copies():
     assert not dout.is_deleted() and not x.is_deleted()
 
 
-def test_launches_in_place_of_several_calls():
+def test_launches_in_place_of_several_calls(monkeypatch):
     """Each call's result takes the memory of its own operand, so that XLA copies none."""
+    monkeypatch.setattr(operator_providers, "_SHARED_BYTES", 0)
     workload = operator_workloads.WORKLOADS["rotary/half/128/packed"].small()
     compiled = operator_providers.repeated(workload, operator_providers.InPlace)
     call = compiled(lambda x: 2 * x, jax.numpy.arange(6.0))
@@ -363,6 +397,25 @@ def test_launches_in_place_of_several_calls():
     assert "{0}: (0, {}" in text and "{1}: (1, {}" in text
     for result in call():
         np.testing.assert_array_equal(result, 2 * np.arange(6.0))
+
+
+def test_several_calls_share_what_is_small(monkeypatch):
+    """A launch has large operands once for each call, small ones once; all calls see both."""
+    monkeypatch.setattr(operator_providers, "_SHARED_BYTES", 16)
+    workload = operator_workloads.WORKLOADS["norm/rms/4096"]
+    given = []
+
+    def compiled_with(function, *args):
+        given.extend(jax.tree.leaves(args))
+        return providers.compiled_with(function, *args)
+
+    large, small = jax.numpy.arange(6.0), jax.numpy.ones(2)
+    call = operator_providers.repeated(workload, compiled_with)(
+        lambda pair, small: pair["x"] * small.sum() + pair["y"].sum(), dict(x=large, y=small), small
+    )
+    assert call.calls == workload.calls == 2 and len(given) == 2 + 2
+    for result in call():
+        np.testing.assert_array_equal(result, 2 * np.arange(6.0) + 2)
 
 
 def test_what_waits_takes_bounded_memory(monkeypatch):

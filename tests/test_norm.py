@@ -456,6 +456,31 @@ def test_a_call_writes_no_more_than_it_needs():
     assert [i for i, on in enumerate(written) if on] == [dx, dweight]
 
 
+@pytest.mark.parametrize("has_scale", [False, True])
+def test_sums_of_the_last_kernel(implementation, has_scale, monkeypatch):
+    """On one device sums over rows come in the weights' type; that rounds them as XLA would."""
+    x, dz = (jnp.asarray(normal(i, 37, 136), jnp.bfloat16) for i in (1, 2))
+    weight, bias, layerscale = (jnp.asarray(normal(i, 136), jnp.bfloat16) for i in (3, 4, 5))
+    scale = dict(layerscale=layerscale) if has_scale else {}
+
+    def f(x, weight, bias, scale):
+        call = functools.partial(jax_flash.dropout_add_layer_norm, implementation=implementation)
+        return (call(x, x, weight, bias, **scale) * dz).astype(jnp.float32).sum()
+
+    def gradients(devices):
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        gradient = jax.grad(f, (1, 2, 3))
+        jaxpr = jax.make_jaxpr(gradient)(x, weight, bias, scale)
+        (equation,) = equations(jaxpr, "norm_backward")
+        types = {v.aval.dtype.name for v in equation.outvars[3:] if v.aval.shape != (0,)}
+        return types, jax.jit(gradient)(x, weight, bias, scale)
+
+    (wide, several), (own, alone) = gradients(8), gradients(1)
+    assert (wide, own) == ({"float32"}, {"bfloat16"})
+    for a, b in zip(jax.tree.leaves(several), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
 def test_exports_with_any_batch():
     arrays = whole_arrays()
     symbol = jax.export.symbolic_shape("n, 24")

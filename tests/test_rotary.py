@@ -27,6 +27,8 @@ from tests.programs import (
 
 quick_compilation = programs.quick_compilation
 
+# Where there is one, rows that begin at 0 bring no positions: see _ops/rotary.py.
+on_one_or_several_devices = pytest.mark.parametrize("devices", [1, 8])
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 B, T, N, H, R, LENGTH = 2, 5, 3, 10, 6, 23
 FORMS = {"half": False, "interleaved": True}
@@ -101,7 +103,9 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", SHAPES)
-def test_rows_in_order(case, form, dtype, implementation):
+@on_one_or_several_devices
+def test_rows_in_order(devices, case, form, dtype, implementation, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     shape, dim = SHAPES[case]
     x = helpers.random(1, dtype, shape)[0]
     table = table_of(dim, shape[-3] + 3, interleaved=FORMS[form])
@@ -221,6 +225,31 @@ def test_pair(dims, scale_base, form, dtype, implementation, one_device):
 
 
 @on_each
+@pytest.mark.parametrize("how", ["plain", "vmap", "vmap_of_tables", "packed"])
+def test_rows_that_bring_no_positions(how, implementation, one_device):
+    """As with positions 0, 1, ...: one operand less."""
+    x, table = normal(0, 3, B, T, N, H), jax.device_put(table_of(scale_base=16.0))
+    by = apply_rotary_qkvpacked if how == "packed" else apply_rotary
+
+    def call(x, table):
+        return by(x, table, implementation=implementation)
+
+    def counted(x, table):
+        return by(x, table, implementation=implementation, positions=jnp.arange(T))
+
+    if how == "packed":
+        x = jnp.moveaxis(x, 0, 2)
+    elif how == "vmap":
+        call, counted = (jax.vmap(f, (0, None)) for f in (call, counted))
+    elif how == "vmap_of_tables":
+        table = jax.tree.map(lambda t: jnp.stack([t, t + 1, t * 2]), table)
+        call, counted = jax.vmap(call), jax.vmap(counted)
+    assert_equal(jax.jit(call)(x, table), jax.jit(counted)(x, table))
+    (equation,) = equations(jax.make_jaxpr(call)(x, table), "rotary")
+    assert equation.invars[-1].aval.shape == (0,)
+
+
+@on_each
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
 def test_vmap_of_a_pair(axes, implementation, one_device):
     query, key, table = normal(0, 3, B, T, N, H), normal(1, 3, B, T, 1, H), table_of()
@@ -255,7 +284,7 @@ def test_pair_lowers_for_cuda(form, one_device):
     text = f.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     arrays = ["1x1x2x5x3x10xf32", "1x1x2x5x1x10xf32"]
     table, off = "1x1x1x23x3xf32", "0xf32"
-    operands = [*arrays, table, table, off, off, "1x1x1x5xi32"]
+    operands = [*arrays, table, table, off, off, "0xi32"]
     assert custom_calls(text) == [("jax_flash.rotary_pair", operands, arrays)] * 2
 
 
@@ -446,8 +475,11 @@ def test_vmap_of_packed_operands_with_two_tables(implementation):
 
 
 @installed("cuda")
-def test_lowers_for_cuda():
+@on_one_or_several_devices
+def test_lowers_for_cuda(devices, monkeypatch):
     """One custom call a direction; packed, the result takes the memory of what comes."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    positions = "0xi32" if devices == 1 else "1x1x1x5xi32"
 
     def lowered(table, **options):
         f = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(apply_rotary(x, table, **options)))))
@@ -457,13 +489,13 @@ def test_lowers_for_cuda():
     assert len(custom_calls(lowered(table_of()))) == 2
     text = lowered(table_of(interleaved=True))
     whole, table, off = "1x1x2x5x3x10xf32", "1x1x1x23x3xf32", "0xf32"
-    operands = [whole, table, table, off, off, "1x1x1x5xi32"]
+    operands = [whole, table, table, off, off, positions]
     assert custom_calls(text) == [("jax_flash.rotary", operands, [whole])] * 2
     assert "output_operand_alias<" not in text and "gather" not in text
     g = jax.jit(lambda x: apply_rotary_qkvpacked(x, table_of(scale_base=16.0)))
     text = g.trace(normal(0, B, T, 3, N, H)).lower(lowering_platforms=("cuda",)).as_text()
     packed = "1x1x2x5x3x3x10xf32"
-    operands = [packed, *[table] * 4, "1x1x1x5xi32"]
+    operands = [packed, *[table] * 4, positions]
     assert custom_calls(text) == [("jax_flash.rotary", operands, [packed])]
     assert "output_operand_alias<output_tuple_indices = [], operand_index = 0" in text
 

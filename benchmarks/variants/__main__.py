@@ -7,7 +7,7 @@
 
 `build` needs nvcc and no GPU: one shared object for each direction and head dim, in `--folder`,
 with what ptxas says of spills and serialised wgmma. `check` holds every variant to a float64
-reference, by the rule of tests/helpers.py. `time` interleaves the variants and torch's cuDNN in
+reference, by the rule of tests/rule.py. `time` interleaves the variants and torch's cuDNN in
 random order, in bursts between two CUDA events. What it prints is for docs/kernels/log.md; rows of
 benchmarks/results/ come from benchmarks.run, through JAX.
 """
@@ -26,6 +26,7 @@ import subprocess
 import sys
 
 from benchmarks import evidence
+from tests import rule
 
 HERE = pathlib.Path(__file__).parent
 TOKENS, HIDDEN = 16384, 2048  # the grid's
@@ -219,6 +220,8 @@ def problems(head_dim: int, direction: str):
     if direction == "forward":  # scores far above and below what a job begins with
         for scores in (1.5, -1.5, 3.0, -3.0):
             yield Problem(2, 512, 512, 3, 3, head_dim, causal=1), dict(scores=scores)
+            # Many jobs, of whose first tile some warps see nothing.
+            yield Problem(40, 256, 288, 16, 16, head_dim, causal=2), dict(scores=scores)
 
 
 def faults(problem: Problem, call, direction: str, exact: dict, plain: dict) -> list[str]:
@@ -238,15 +241,14 @@ def faults(problem: Problem, call, direction: str, exact: dict, plain: dict) -> 
         if name == "lse":
             empty = right == -math.inf
             good = (ours[empty] == -math.inf).all()
-            near = (ours - right).abs() <= 1e-5 * right.abs().clamp(min=1)
+            near = (ours - right).abs() <= rule.LSE * (1 + right.abs())
             if not (good and near[~empty].all()):
                 found.append("lse")
             continue
         unit = torch.finfo(problem.arrays[name].dtype).eps
         error = (ours - right).abs().max().item()
-        bound = (
-            2 * (plain[name].double() - right).abs().max().item() + unit * right.abs().max().item()
-        )
+        plain_error = (plain[name].double() - right).abs().max().item()
+        bound = rule.allowed(unit, plain_error, right.abs().max().item())
         if not error <= bound:
             found.append(f"{name}: off by {error:.2e}, allowed {bound:.2e}")
     return found

@@ -186,10 +186,15 @@ inline ffi::Error decode_backward(const CallFrame& call, BackwardParams& p) {
   JAX_FLASH_RETURN_IF_ERROR(result("dx", out[0], type, n, {p.x_rows, width}, p.dx));
   JAX_FLASH_RETURN_IF_ERROR(result("dx1", out[1], type, n, {p.x_rows, width}, p.dx1));
   JAX_FLASH_RETURN_IF_ERROR(result("dresidual", out[2], stream, n, {rows, width}, p.dresidual));
-  float** const sums[kSums] = {&p.dweight, &p.dbias, &p.dweight1, &p.dbias1, &p.dlayerscale};
+  const auto sums_dtype = to_dtype(out[3].element_type());
+  if (!sums_dtype || (*sums_dtype != DType::kF32 && *sums_dtype != p.weight_dtype)) {
+    return bad_argument("dweight", "float32 or weight's type", out[3].element_type());
+  }
+  p.sums_dtype = *sums_dtype;
+  void** const sums[kSums] = {&p.dweight, &p.dbias, &p.dweight1, &p.dbias1, &p.dlayerscale};
   for (int i = 0; i < kSums; ++i) {
     JAX_FLASH_RETURN_IF_ERROR(
-        result("a sum over rows", out[3 + i], ffi::F32, n, {width}, *sums[i]));
+        result("a sum over rows", out[3 + i], from_dtype(p.sums_dtype), n, {width}, *sums[i]));
   }
   if (p.stream.data == nullptr) return bad_argument("stream", "an array", "nothing");
   if (p.is_rms != (p.mean.data == nullptr))

@@ -64,18 +64,19 @@ struct BackwardParams : Problem {
   Array<void> x, stream, dz, dz1, dstream;  // x: for layerscale's gradient alone
   Array<float> mean, rsigma;
   void *dx = nullptr, *dx1 = nullptr, *dresidual = nullptr;
-  float *dweight = nullptr, *dbias = nullptr, *dweight1 = nullptr, *dbias1 = nullptr;
-  float* dlayerscale = nullptr;
-  Claims* claims = nullptr;   // of dx, where x_subset is on
-  float* partials = nullptr;  // [sums that are on, entries, num_partials, width]: each CTA's
+  void *dweight = nullptr, *dbias = nullptr, *dweight1 = nullptr, *dbias1 = nullptr;
+  void* dlayerscale = nullptr;
+  DType sums_dtype = DType::kF32;  // of those five: float32 or that of the weights
+  Claims* claims = nullptr;        // of dx, where x_subset is on
+  float* partials = nullptr;       // [sums that are on, entries, num_partials, width]: each CTA's
   int64_t num_partials = 0;
 };
 
 // The sums over rows, in the order in which partials has them.
 enum Sum : int { kWeight, kBias, kWeight1, kBias1, kLayerscale, kSums };
 
-inline float* result_of(const BackwardParams& p, int sum) {
-  float* const results[kSums] = {p.dweight, p.dbias, p.dweight1, p.dbias1, p.dlayerscale};
+inline void* result_of(const BackwardParams& p, int sum) {
+  void* const results[kSums] = {p.dweight, p.dbias, p.dweight1, p.dbias1, p.dlayerscale};
   return results[sum];
 }
 

@@ -70,7 +70,7 @@ inline ffi::Error decode_heads(const CallFrame& call, int which, int64_t of_row,
   return ffi::Error::Success();
 }
 
-// Operands from `at` on: cos, sin, cos_k, sin_k (both or neither), positions.
+// Operands from `at` on: cos, sin, cos_k, sin_k (both or neither), positions (or off).
 inline ffi::Error decode_places(const CallFrame& call, size_t at, Params& p) {
   const ffi::AnyBuffer* in = &call.operands[at];
   JAX_FLASH_RETURN_IF_ERROR(decode_table("cos", in[0], in[1], p, p.heads[0].table));
@@ -78,6 +78,7 @@ inline ffi::Error decode_places(const CallFrame& call, size_t at, Params& p) {
   if (!is_empty(in[2])) {
     JAX_FLASH_RETURN_IF_ERROR(decode_table("cos_k", in[2], in[3], p, p.heads[1].table));
   }
+  if (is_empty(in[4])) return ffi::Error::Success();
   return per_batch("positions", in[4], ffi::S32, p.batch_shape, {p.rows}, p.positions);
 }
 

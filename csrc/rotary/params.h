@@ -38,7 +38,7 @@ struct Params {
   int64_t length = 0;  // of the tables
   int32_t kinds = 1;   // 2: queries and keys
   Heads heads[2];
-  PerBatch<int32_t> positions;  // [batch, rows]
+  PerBatch<int32_t> positions;  // [batch, rows]; null: row t stands at t
 };
 
 }  // namespace jax_flash::rotary

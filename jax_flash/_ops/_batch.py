@@ -6,7 +6,7 @@ import math
 
 import jax.numpy as jnp
 
-from jax_flash._ops._op import BATCH, Signature
+from jax_flash._ops._partition import BATCH, Signature
 
 BATCH_DIMS = 3  # kBatchDims in csrc/common/batch.h
 

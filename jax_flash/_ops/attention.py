@@ -21,7 +21,8 @@ import numpy as np
 
 from jax_flash._ops import _register, attention_xla
 from jax_flash._ops._batch import BATCH_DIMS, batch_shape, canonical
-from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
+from jax_flash._ops._op import Implementation, Op, ffi_call
+from jax_flash._ops._partition import BATCH, Signature, is_off
 
 SEPARATE, KEY_VALUE, QUERY_KEY_VALUE = range(3)  # Packing in check.h
 OPTIONS = (

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flash._ops import _register
-from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
+from jax_flash._ops._op import Implementation, Op, ffi_call
+from jax_flash._ops._partition import BATCH, Signature, is_off
 
 IGNORED = np.iinfo(np.int32).min  # the label of a row that counts for nothing
 

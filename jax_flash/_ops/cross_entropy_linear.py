@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash._ops import cross_entropy as of_logits
-from jax_flash._ops._op import BATCH, Implementation, Op, Signature, is_off
+from jax_flash._ops._op import Implementation, Op
+from jax_flash._ops._partition import BATCH, Signature, is_off
 from jax_flash._ops.cross_entropy import IGNORED
 
 _CHUNK_LOGITS = 1 << 26  # logits at once: 256 MiB

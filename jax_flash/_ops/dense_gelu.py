@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash._ops import _register
-from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
+from jax_flash._ops._op import Implementation, Op, ffi_call
+from jax_flash._ops._partition import BATCH, Signature, is_off
 
 WORKSPACE_BYTES = 32 << 20  # what NVIDIA recommends for Hopper, and XLA takes
 _ALIGNMENT = 8  # elements: rows begin at multiples of 16 bytes

@@ -8,8 +8,9 @@
     options = rowscale, x_subset, out_subset, dropout_state, row_ids
 
 z is normalised before the stream is rounded to its type; mean and rsigma, for the backward, are
-those of the rounded stream. An operand of shape (0,) is off, and so is a result that the call has
-no use for: stream where it is x itself, dresidual and dx1 where they equal dx.
+those of the rounded stream. Sums over rows (dweight and its like) are float32, or of the weights'
+type where no sum over devices follows. An operand of shape (0,) is off, and so is a result that the
+call has no use for: stream where it is x itself, dresidual and dx1 where they equal dx.
 
 The names R0, R1, ... are the axes of rows, along which devices share a call; sums over rows
 (dweight and its like) are then sums over the devices. The axis of features is always whole.
@@ -26,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flash._ops import _register, norm_xla
-from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
+from jax_flash._ops._op import Implementation, Op, ffi_call
+from jax_flash._ops._partition import BATCH, Signature, is_off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class NormConfig:
       has_residual, has_x1, has_bias, has_bias1: which gradients the backward gives.
       x_rows, out_rows: rows of a compact x and of a compact z, where subsets are given.
       dropout_threshold: 16-bit draws below it drop; 0: no dropout.
+      sums_are_last: nothing is added to the backward's sums over rows: they get the weights' type.
       implementation: None (by platform), "cuda" or "xla".
     """
 
@@ -59,6 +62,7 @@ class NormConfig:
     x_rows: int = 0
     out_rows: int = 0
     dropout_threshold: int = 0
+    sums_are_last: bool = False
     implementation: str | None = None
 
     def adds_unchanged(self, layerscale, rowscale, x_subset) -> bool:
@@ -167,7 +171,7 @@ def _backward_results(config, *operands):
     _, stream, _, rsigma, weight, weight1, layerscale, dz, *_ = operands
     rowscale, x_subset = operands[-5:-3]
     lead, rows = _lead_and_rows(_backward_names(config, operands)[0], operands)
-    width, wide = weight.shape[-1], rsigma.dtype
+    width, sums = weight.shape[-1], weight.dtype if config.sums_are_last else rsigma.dtype
 
     def array(on, shape, dtype):
         return jax.ShapeDtypeStruct((*lead, *shape), dtype) if on else _OFF
@@ -182,11 +186,11 @@ def _backward_results(config, *operands):
             (*rows, width),
             stream.dtype,
         ),
-        array(True, (width,), wide),
-        array(config.has_bias, (width,), wide),
-        array(not is_off(weight1), (width,), wide),
-        array(config.has_bias1, (width,), wide),
-        array(not is_off(layerscale), (width,), wide),
+        array(True, (width,), sums),
+        array(config.has_bias, (width,), sums),
+        array(not is_off(weight1), (width,), sums),
+        array(config.has_bias1, (width,), sums),
+        array(not is_off(layerscale), (width,), sums),
     )
 
 

@@ -4,7 +4,7 @@
     rotary_pair(query, key, cos, sin, cos_k, sin_k, positions) -> query, key
 
     x, out [*B, T, N, H], or packed [*B, T, 3, N, H];  cos, sin, cos_k, sin_k [*B or 1, length,
-    R/2];  positions int32 [*B or 1, T]
+    R/2];  positions int32 [*B or 1, T], or off: row t stands at position t
 
 The first R elements of a head are turned by the row of the tables that `positions` names, the rest
 is copied. A negative position copies the whole row, one that the tables do not have makes NaN of
@@ -14,7 +14,8 @@ sin) too where those are off, and values stay. `out` may be written over `x`. Th
 
 The backward is the same primitive with the other sign of sin. Batch axes, rows and heads are
 shared by devices freely; a head dim that is cut is gathered first, the tables are whole. The pair
-is for programs of one device: heads of both kinds cannot be cut over one mesh axis.
+is for programs of one device: heads of both kinds cannot be cut over one mesh axis. So are
+positions that are off, as a device's first row need not be the first one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import jax.numpy as jnp
 
 from jax_flash._ops import _register
 from jax_flash._ops._batch import batch_shape, canonical
-from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
+from jax_flash._ops._op import Implementation, Op, ffi_call
+from jax_flash._ops._partition import BATCH, Signature, is_off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,10 @@ class RotaryConfig:
 def _signature(config, x, *rest) -> Signature:
     rows = (BATCH, "T", "three", "N", "H") if config.packed else (BATCH, "T", "N", "H")
     table = (BATCH, "length", "R")
-    *tables, _ = rest
+    *tables, positions = rest
+    places = () if is_off(positions) else (BATCH, "T")
     return Signature(
-        operands=(rows, *(() if is_off(t) else table for t in tables), (BATCH, "T")),
+        operands=(rows, *(() if is_off(t) else table for t in tables), places),
         results=(rows,),
         shardable={"T": x.shape[1 - len(rows)], "N": x.shape[-2]},
         aliases={},
@@ -99,6 +102,8 @@ def _rows_of(table, positions):
 
 def _turn(config, x, cos, sin, positions):
     """[*B, T, N, H] of one kind, all turned by one pair of tables."""
+    if is_off(positions):
+        positions = jnp.arange(x.shape[-3], dtype=jnp.int32)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     length, half = cos.shape[-2:]
     c, s = (_rows_of(t, positions).astype(wide)[..., None, :] for t in (cos, sin))

@@ -22,7 +22,8 @@ import numpy as np
 
 from jax_flash._ops import _register
 from jax_flash._ops._batch import canonical
-from jax_flash._ops._op import BATCH, Implementation, Op, Signature, ffi_call, is_off
+from jax_flash._ops._op import Implementation, Op, ffi_call
+from jax_flash._ops._partition import BATCH, Signature, is_off
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,46 +35,29 @@ class OwnStages {
 
   __device__ __forceinline__ void copy_stream(int stage, int r, int v, const S* source,
                                               bool exists) const {
-    copy<kChunksS>(place(stage, r, v, 0), source, exists);
+    Raw<S>::start_copy(place(stage, r, v, 0), source, exists);
   }
   __device__ __forceinline__ void copy_dz(int stage, int r, int v, const X* source,
                                           bool exists) const {
-    copy<kChunksX>(place(stage, r, v, kChunksS), source, exists);
+    Raw<X>::start_copy(place(stage, r, v, kChunksS), source, exists);
   }
   __device__ __forceinline__ void copy_dstream(int stage, int r, int v, const S* source,
                                                bool exists) const {
-    copy<kChunksS>(place(stage, r, v, kChunksS + kChunksX), source, exists);
+    Raw<S>::start_copy(place(stage, r, v, kChunksS + kChunksX), source, exists);
   }
   __device__ __forceinline__ void read_stream(float (&x)[kCols], int stage, int r, int v) const {
-    read<S>(x, place(stage, r, v, 0));
+    Raw<S>::copied(place(stage, r, v, 0)).widen(x);
   }
   __device__ __forceinline__ void read_dz(float (&x)[kCols], int stage, int r, int v) const {
-    read<X>(x, place(stage, r, v, kChunksS));
+    Raw<X>::copied(place(stage, r, v, kChunksS)).widen(x);
   }
   __device__ __forceinline__ void read_dstream(float (&x)[kCols], int stage, int r, int v) const {
-    read<S>(x, place(stage, r, v, kChunksS + kChunksX));
+    Raw<S>::copied(place(stage, r, v, kChunksS + kChunksX)).widen(x);
   }
 
  private:
   __device__ __forceinline__ uint32_t place(int stage, int r, int v, int chunk) const {
     return own_ + stage * kBytes + ((r * kBackwardVectors + v) * kChunks + chunk) * kChunkBytes;
-  }
-  template <int kCount>
-  __device__ __forceinline__ static void copy(uint32_t target, const void* source, bool exists) {
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) {
-      ptx::cp_async_16(target + c * kChunkBytes, static_cast<const uint4*>(source) + c,
-                       exists ? 16 : 0);
-    }
-  }
-  template <typename Element>
-  __device__ __forceinline__ static void read(float (&x)[kCols], uint32_t from) {
-    Raw<Element> raw;
-#pragma unroll
-    for (int c = 0; c < raw.kChunks; ++c) {
-      raw.chunk[c] = ptx::load_shared_16(from + c * kChunkBytes);
-    }
-    raw.widen(x);
   }
 
   uint32_t own_;
@@ -313,12 +296,9 @@ __global__ void __launch_bounds__(kBackwardThreads)
 
 template <typename X>
 const char* backward_common(const BackwardParams& p, const Layout& layout, cudaStream_t stream) {
-  auto run = [&]<typename S>(S) {
-    auto* kernel = p.dropout_threshold ? backward_common_kernel<X, S, true>
-                                       : backward_common_kernel<X, S, false>;
-    return launch(kernel, p, layout, stream);
-  };
-  return p.stream_dtype == p.dtype ? run(X{}) : run(float{});
+  return launch_common<X>(p, layout, stream, []<typename S>(S, auto has_dropout) {
+    return &backward_common_kernel<X, S, has_dropout.value>;
+  });
 }
 
 }  // namespace jax_flash::norm

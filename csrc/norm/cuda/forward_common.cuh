@@ -25,16 +25,15 @@ class OwnPair {
       : own_(ptx::shared_address(memory) + threadIdx.x / 32 * kWarpBytes +
              16 * (threadIdx.x % 32)) {}
 
-  // What does not exist is zeros.
   __device__ __forceinline__ void copy_x(int r, int v, const X* source, bool exists) const {
-    copy<X>(place(r, v), source, exists);
+    Raw<X>::start_copy(place(r, v), source, exists);
   }
   __device__ __forceinline__ void copy_residual(int r, int v, const S* source, bool exists) const {
-    copy<S>(place(r, v) + Raw<X>::kChunks * kChunkBytes, source, exists);
+    Raw<S>::start_copy(place(r, v) + Raw<X>::kChunks * kChunkBytes, source, exists);
   }
-  __device__ __forceinline__ Raw<X> x(int r, int v) const { return read<X>(place(r, v)); }
+  __device__ __forceinline__ Raw<X> x(int r, int v) const { return Raw<X>::copied(place(r, v)); }
   __device__ __forceinline__ Raw<S> residual(int r, int v) const {
-    return read<S>(place(r, v) + Raw<X>::kChunks * kChunkBytes);
+    return Raw<S>::copied(place(r, v) + Raw<X>::kChunks * kChunkBytes);
   }
 
  private:
@@ -43,23 +42,6 @@ class OwnPair {
 
   __device__ __forceinline__ uint32_t place(int r, int v) const {
     return own_ + (r * kForwardVectors + v) * kBytes;
-  }
-  template <typename Element>
-  __device__ __forceinline__ static void copy(uint32_t target, const Element* source, bool exists) {
-#pragma unroll
-    for (int c = 0; c < Raw<Element>::kChunks; ++c) {
-      ptx::cp_async_16(target + c * kChunkBytes, reinterpret_cast<const uint4*>(source) + c,
-                       exists ? 16 : 0);
-    }
-  }
-  template <typename Element>
-  __device__ __forceinline__ static Raw<Element> read(uint32_t from) {
-    Raw<Element> raw;
-#pragma unroll
-    for (int c = 0; c < raw.kChunks; ++c) {
-      raw.chunk[c] = ptx::load_shared_16(from + c * kChunkBytes);
-    }
-    return raw;
   }
 
   uint32_t own_;
@@ -270,12 +252,9 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
 
 template <typename X>
 const char* forward_common(const ForwardParams& p, const Layout& layout, cudaStream_t stream) {
-  auto run = [&]<typename S>(S) {
-    auto* kernel = p.dropout_threshold ? forward_common_kernel<X, S, true>
-                                       : forward_common_kernel<X, S, false>;
-    return launch(kernel, p, layout, stream);
-  };
-  return p.stream_dtype == p.dtype ? run(X{}) : run(float{});
+  return launch_common<X>(p, layout, stream, []<typename S>(S, auto has_dropout) {
+    return &forward_common_kernel<X, S, has_dropout.value>;
+  });
 }
 
 }  // namespace jax_flash::norm

@@ -77,7 +77,9 @@ struct Nothing {
 const char* sum(const BackwardParams& p, int ctas, cudaStream_t stream) {
   if (device::runs_sm90_kernels()) return sum_as_dependent(p, ctas, stream);
   const Sums sums(p, ctas);
-  sum_kernel<Nothing><<<sums.grid, Sums::kBlock, 0, stream>>>(sums);
+  device::visit(p.sums_dtype, [&]<typename Result>() {
+    sum_kernel<Result, Nothing><<<sums.grid, Sums::kBlock, 0, stream>>>(sums);
+  });
   return status();
 }
 

@@ -3,6 +3,8 @@
 // one branch, one norm, no scales, no subsets and no mask that is returned.
 #pragma once
 
+#include <type_traits>
+
 #include "norm/cuda/plan.h"
 
 namespace jax_flash::norm {
@@ -22,8 +24,7 @@ inline constexpr int kCommonWidth = 8192, kCommonEntries = 65535;
 // Vectors of 8 columns that a thread has in each row.
 inline constexpr int kForwardVectors = 2, kBackwardVectors = 2;
 inline constexpr int kForwardThreads = kCommonWidth / kCols / kForwardVectors;  // of a CTA at most
-inline constexpr int kChunkBytes = 32 * 16;  // of a warp: 16 of each lane
-inline constexpr int kStaticBytes = 1024;    // of shared memory, at most
+inline constexpr int kStaticBytes = 1024;  // of shared memory, at most
 
 // The backward: threads of a CTA, which fills an SM (128 registers each). A unit is a pair of rows;
 // with a float32 stream, of which pairs would take too much shared memory, it is one row.
@@ -93,6 +94,18 @@ const char* launch(void (*kernel)(Params, Layout), const Params& p, const Layout
   const dim3 grid(layout.ctas, static_cast<unsigned>(p.entries));
   return launch(kernel, p, layout, grid, 32 * layout.warps * layout.teams, layout.shared_bytes,
                 stream);
+}
+
+// kernel_of(S{}, std::bool_constant<kHasDropout>{}): the kernel of x's type X and the stream's S.
+template <typename X, typename Params, typename KernelOf>
+const char* launch_common(const Params& p, const Layout& layout, cudaStream_t stream,
+                          KernelOf kernel_of) {
+  auto run = [&](auto s) {
+    auto* kernel =
+        p.dropout_threshold ? kernel_of(s, std::true_type{}) : kernel_of(s, std::false_type{});
+    return launch(kernel, p, layout, stream);
+  };
+  return p.stream_dtype == p.dtype ? run(X{}) : run(float{});
 }
 
 }  // namespace jax_flash::norm

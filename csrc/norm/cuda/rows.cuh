@@ -93,6 +93,8 @@ __device__ __forceinline__ void store(const float (&x)[kCols], void* base, bool 
   }
 }
 
+inline constexpr int kChunkBytes = 32 * 16;  // of a warp: 16 of each lane
+
 // 8 elements as they lie in memory; streamed: nobody reads them again soon.
 template <typename Element>
 struct Raw {
@@ -112,6 +114,24 @@ struct Raw {
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
       raw.chunk[k] = __ldg(reinterpret_cast<const uint4*>(source) + k);
+    }
+    return raw;
+  }
+  // By way of shared memory: a thread's own 16 bytes of each chunk of the warp. What does not exist
+  // is zeros.
+  __device__ __forceinline__ static void start_copy(uint32_t target, const Element* source,
+                                                    bool exists) {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      ptx::cp_async_16(target + k * kChunkBytes, reinterpret_cast<const uint4*>(source) + k,
+                       exists ? 16 : 0);
+    }
+  }
+  __device__ __forceinline__ static Raw copied(uint32_t place) {
+    Raw raw;
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      raw.chunk[k] = ptx::load_shared_16(place + k * kChunkBytes);
     }
     return raw;
   }

@@ -1,6 +1,7 @@
 // The backward's second kernel: what its CTAs have summed over rows, added up in a fixed order.
 #pragma once
 
+#include "device/element.cuh"
 #include "device/sums.cuh"
 #include "norm/params.h"
 
@@ -12,7 +13,7 @@ struct Sums {
   static constexpr dim3 kBlock{kColumns, kSplits};
 
   const float* partials;
-  float* results[kSums] = {};
+  void* results[kSums] = {};
   int64_t entries, num_partials, width, tiles;
   int ctas;
   dim3 grid;
@@ -32,8 +33,9 @@ struct Sums {
   }
 };
 
-// Before::wait() returns when the partial sums are there.
-template <typename Before>
+// Before::wait() returns when the partial sums are there. Results are rounded once, here: float32
+// ones that XLA rounds take a kernel of 1 us each.
+template <typename Result, typename Before>
 __global__ void sum_kernel(const __grid_constant__ Sums p) {
   constexpr int kAtOnce = 9;  // 144 CTAs with one latency: an H200 has 132
   __shared__ float sums[Sums::kSplits][Sums::kColumns + 1];
@@ -61,7 +63,8 @@ __global__ void sum_kernel(const __grid_constant__ Sums p) {
   const int own = threadIdx.y + threadIdx.x / Sums::kSplits * Sums::kSplits;
   const float total = device::group_sum<Sums::kSplits>(sums[lane][own]);
   if (lane == 0 && first + own < p.width) {
-    p.results[blockIdx.y][entry * p.width + first + own] = total;
+    static_cast<Result*>(p.results[blockIdx.y])[entry * p.width + first + own] =
+        device::from_float<Result>(total);
   }
 }
 

@@ -21,11 +21,13 @@ __device__ __forceinline__ Row find_row(const Params& p, const Plan& plan, int64
     uint32_t row;
     const int64_t entry = plan.by_rows.divide(static_cast<uint32_t>(flat), row);
     const int64_t offset = entry * plan.strides.tables[kind];
-    return {p.positions.data[entry * plan.strides.positions + row], table.cos.data + offset,
-            table.sin.data + offset};
+    const int32_t* positions = p.positions.data;
+    return {positions ? positions[entry * plan.strides.positions + row] : static_cast<int>(row),
+            table.cos.data + offset, table.sin.data + offset};
   }
   const device::Place place = plan.places.of(flat);
-  return {place.batch.of(p.positions)[place.row], place.batch.of(table.cos),
+  const auto row = static_cast<int32_t>(place.row);
+  return {p.positions.data ? place.batch.of(p.positions)[row] : row, place.batch.of(table.cos),
           place.batch.of(table.sin)};
 }
 

@@ -116,7 +116,6 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
   Ring<Traits::kStages> ring;
   Ring<2> ds_ring;
   uint32_t key_phase = 0;
-  if (consumer == 1) ptx::named_barrier_arrive(static_cast<int>(SupplierBarrier::kTurn), 256);
   for (int t = 0;; ++t) {
     ptx::mbarrier_wait(smem.place_full[t % 2], t / 2 & 1);
     const KeyTilePlace& place = smem.places[t % 2];
@@ -148,9 +147,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
         // In flight: S.
         const int stage = ring.stage;
         ptx::wgmma_wait<0>();
-        ptx::named_barrier_sync(static_cast<int>(SupplierBarrier::kTurn) + consumer, 256);
         make_probabilities();
-        ptx::named_barrier_arrive(static_cast<int>(SupplierBarrier::kTurn) + 1 - consumer, 256);
         ptx::mbarrier_wait(smem.dout_full[ring.stage], ring.phase);
         multiply_values_gradients(rDP, ring.stage);
         accumulate<Element>(rDV, rP, smem.dout[stage]);

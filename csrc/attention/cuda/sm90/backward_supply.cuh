@@ -8,8 +8,7 @@
 
 namespace jax_flash::attention::sm90 {
 
-// kOwn, kTurn + consumer
-enum class SupplierBarrier { kConsumers = 1, kSupplier = 2, kOwn = 3, kTurn = 5 };
+enum class SupplierBarrier { kConsumers = 1, kSupplier = 2, kOwn = 3 };  // kOwn + consumer
 
 // Takes places, brings operands and makes dQ = dS K, in blocks of 64 queries x 64 dims, which bulk
 // copies add to the sums.

@@ -1,5 +1,6 @@
 // The sums over rows on Hopper: launched while the backward's first kernel still runs, which saves
 // the gap between two kernels (1.4 of 142 us at 4096 features, H200 2026-11-28).
+#include "device/vector.cuh"
 #include "norm/cuda/instances.h"
 #include "norm/cuda/sums.cuh"
 #include "ptx/sm90.cuh"
@@ -24,7 +25,9 @@ const char* sum_as_dependent(const BackwardParams& p, int ctas, cudaStream_t str
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  const cudaError_t error = cudaLaunchKernelEx(&config, sum_kernel<PriorGrid>, sums);
+  const cudaError_t error = device::visit(p.sums_dtype, [&]<typename Result>() {
+    return cudaLaunchKernelEx(&config, sum_kernel<Result, PriorGrid>, sums);
+  });
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
