@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import evidence, operator_workloads
+from benchmarks.operator_providers import PROVIDERS
 from benchmarks.rows import LABELS, ModelRows, Rows, load_all, load_models, load_operators
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -233,8 +234,10 @@ def options(rows: Rows, groups: Sequence[str]) -> str:
 
 
 def operators(rows: Rows) -> str:
-    """GB/s or TFLOP/s of every operator, beside the ceiling of its run, XLA and the best rival."""
-    lines = []
+    """GB/s or TFLOP/s of every operator, beside the ceiling of its run, and over every rival."""
+    rivals = [name for name in rows.providers("") if not name.startswith("jax_flash")]
+    rivals = [name for name in rivals if name in PROVIDERS]  # ceilings are none
+    lines, behind, compared = [], [], 0
     for name in operator_workloads.WORKLOADS:
         for direction in DIRECTIONS:
             rates, ceiling = rows.rate(name, direction), rows.ceiling_beside(name, direction)
@@ -242,15 +245,21 @@ def operators(rows: Rows) -> str:
             if ours is None:
                 continue
             unit = "GB/s" if rows.gbs.get((name, direction)) else "TFLOP/s"
-            share = f"{100 * ours / ceiling:.0f}%" if ceiling else ""
-            over_xla = rows.ratio(name, direction, "xla")
-            best = rows.best_rival(name, direction)
-            cells = [f"`{name}`", DIRECTIONS[direction], f"{ours:.0f} {unit}", share]
-            cells.append(f"{over_xla:.2f}x" if over_xla else "")
-            cells.append(f"{best[1]:.2f}x {best[0]}" if best else "")
+            cells = [f"`{name}`", DIRECTIONS[direction], f"{ours:.0f} {unit}"]
+            cells.append(f"{100 * ours / ceiling:.0f}%" if ceiling else "")
+            ratios = [rows.ratio(name, direction, rival) for rival in rivals]
+            cells += [f"{ratio:.2f}x" if ratio else "" for ratio in ratios]
             lines.append(cells)
+            if best := rows.best_rival(name, direction):
+                compared += 1
+                if best[1] < 1:
+                    behind.append((best[1], f"`{name}` {cells[1]} {best[1]:.2f} ({best[0]})"))
     header = ["operator", "direction", "jax_flash", "of the ceiling"]
-    return _table([*header, "over XLA", "over the fastest rival"], lines)
+    text = _table([*header, *(f"over {LABELS[rival]}" for rival in rivals)], lines)
+    if compared:
+        named = ", ".join(word for _, word in sorted(behind)) or "none"
+        text += f"\nBehind the fastest rival of their run, {len(behind)} of {compared}: {named}.\n"
+    return text
 
 
 def fused_operators() -> str:
