@@ -189,7 +189,11 @@ def prepare_torch(call: Callable, primals, dout, constants=()) -> dict[str, Call
         return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
     def both():
-        return lambda: torch.autograd.grad(call(*leaves, *constants), leaves, dout)
+        def run():
+            out = call(*leaves, *constants)
+            return out, *torch.autograd.grad(out, leaves, dout)
+
+        return run
 
     return {"forward": forward, "backward": backward, "forward_backward": both}
 

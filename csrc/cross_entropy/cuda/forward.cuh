@@ -50,6 +50,77 @@ struct ExpSum {
   }
 };
 
+// A thread's sums over its columns of a row; then those of all kThreads that share the row.
+template <typename Element, bool kTotal, bool kNegativeScale, int kThreads>
+class RowSums {
+ public:
+  using Sum = ExpSum<kNegativeScale>;
+  static constexpr int kSize = 16 / sizeof(Element), kWarps = kThreads <= 32 ? 1 : kThreads / 32;
+  struct Smem {
+    float references[kWarps], sums[kWarps], totals[kWarps];
+  };
+
+  Sum exp_sum;
+  float total = 0.0f;
+
+  __device__ explicit RowSums(float factor) : factor_(factor) {}
+
+  // A column of head or tail, or none: -1.
+  __device__ __forceinline__ void take_one(const Element* logits, int column) {
+    const float x[1][1] = {{column < 0 ? Sum::kNothing : device::to_float(logits[column])}};
+    if (kTotal && column >= 0) total += x[0][0];
+    exp_sum.add(x, factor_);
+  }
+  // Every kThreads-th vector from the i-th; what lies outside of the row is kNothing.
+  template <int kUnroll>
+  __device__ __forceinline__ void add(const float (&x)[kUnroll][kSize]) {
+    exp_sum.add(x, factor_);
+  }
+  template <int kUnroll>
+  __device__ __forceinline__ void add_total(const float (&x)[kUnroll][kSize],
+                                            const Columns<kSize>& columns, int i) {
+    if constexpr (kTotal) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (!columns.has(i + u * kThreads)) continue;
+        if constexpr (kSize == 4) {
+          total += (x[u][0] + x[u][1]) + (x[u][2] + x[u][3]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) total += x[u][j];
+        }
+      }
+    }
+  }
+  // Over the lanes of a warp, or of the row where that is less.
+  __device__ __forceinline__ void combine_lanes() {
+    exp_sum.combine(lanes_, factor_);
+    if (kTotal) total = lanes_.sum(total);
+  }
+  // Over the warps: each leaves its sums; after a barrier, a warp that calls `gather` has all.
+  __device__ __forceinline__ void leave(Smem& smem) const {
+    if (threadIdx.x % 32 != 0) return;
+    smem.references[threadIdx.x / 32] = exp_sum.reference;
+    smem.sums[threadIdx.x / 32] = exp_sum.sum;
+    smem.totals[threadIdx.x / 32] = total;
+  }
+  __device__ __forceinline__ void gather(const Smem& smem) {
+    const int lane = threadIdx.x % 32;
+    const bool exists = lane < kWarps;
+    exp_sum.reference = exists ? smem.references[lane] : Sum::kLowest;
+    exp_sum.sum = exists ? smem.sums[lane] : 0.0f;
+    exp_sum.combine(lanes_, factor_);
+    if (kTotal) total = lanes_.sum(exists ? smem.totals[lane] : 0.0f);
+  }
+  __device__ __forceinline__ float lse(float scale) const {
+    return fmaf(exp_sum.reference, scale, logf(exp_sum.sum));
+  }
+
+ private:
+  device::Lanes<kThreads <= 32 ? kThreads : 32> lanes_;
+  float factor_;  // scale * log2(e)
+};
+
 // Two elements of 16 bits, or one of 32.
 template <typename Element>
 __device__ __forceinline__ uint32_t bits_of_word(float x) {
@@ -64,9 +135,9 @@ template <typename Element, bool kTotal, bool kNegativeScale, int kThreads, int 
           int kBlocks>
 __global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBlocks)
     forward_kernel(const __grid_constant__ ForwardParams p) {
-  using Sum = ExpSum<kNegativeScale>;
-  constexpr int kSize = 16 / sizeof(Element), kWarps = kThreads <= 32 ? 1 : kThreads / 32;
-  __shared__ float warp_references[kWarps], warp_sums[kWarps], warp_totals[kWarps];
+  using Sums = RowSums<Element, kTotal, kNegativeScale, kThreads>;
+  constexpr int kSize = Sums::kSize;
+  __shared__ typename Sums::Smem smem;
 
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (kThreads <= 32 ? blockDim.y : 1) + threadIdx.y;
@@ -75,12 +146,11 @@ __global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBloc
   const Element* logits = static_cast<const Element*>(p.logits) + first;
   const Columns<kSize> columns(first, p.vocabulary);
   const int thread = threadIdx.x;
-  const float factor = p.scale * kLog2e;
 
   // Tiles of kUnroll vectors a thread: the next one is on its way while this one is summed. What
   // lies outside of the row adds nothing.
   const uint4* source = reinterpret_cast<const uint4*>(logits + columns.origin) + thread;
-  const uint32_t nothing = bits_of_word<Element>(Sum::kNothing);
+  const uint32_t nothing = bits_of_word<Element>(Sums::Sum::kNothing);
   uint4 next[kUnroll];
   const auto load = [&](int i) {
 #pragma unroll
@@ -104,53 +174,29 @@ __global__ void __launch_bounds__(kThreads <= 32 ? kSmallBlock : kThreads, kBloc
   const bool is_class = label >= 0 && label < p.vocabulary;
   const float label_logit = thread == 0 && is_class ? device::to_float(logits[label]) : 0.0f;
 
-  Sum exp_sum;
-  float total = 0.0f;
-  const auto take_one = [&](int column) {
-    const float x[1][1] = {{column < 0 ? Sum::kNothing : device::to_float(logits[column])}};
-    if (kTotal && column >= 0) total += x[0][0];
-    exp_sum.add(x, factor);
-  };
-  take_one(columns.head_column(thread));
-  take_one(columns.tail_column(thread));
+  Sums sums(p.scale * kLog2e);
+  sums.take_one(logits, columns.head_column(thread));
+  sums.take_one(logits, columns.tail_column(thread));
   for (int i = thread; i < columns.end; i += kUnroll * kThreads) {
     float x[kUnroll][kSize];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) to_floats<Element>(next[u], x[u]);
     load(i + kUnroll * kThreads);
-    exp_sum.add(x, factor);
-    if (kTotal) {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (!columns.has(i + u * kThreads)) continue;
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) total += x[u][j];
-      }
-    }
+    sums.add(x);
+    sums.add_total(x, columns, i);
   }
 
-  // The threads of the row.
-  const device::Lanes<kThreads <= 32 ? kThreads : 32> lanes;
-  exp_sum.combine(lanes, factor);
-  if (kTotal) total = lanes.sum(total);
+  sums.combine_lanes();
   if constexpr (kThreads > 32) {
-    if (thread % 32 == 0) {
-      warp_references[thread / 32] = exp_sum.reference;
-      warp_sums[thread / 32] = exp_sum.sum;
-      warp_totals[thread / 32] = total;
-    }
+    sums.leave(smem);
     __syncthreads();  // the first warp reads what all have written
     if (thread >= 32) return;
-    const bool exists = thread < kWarps;
-    exp_sum.reference = exists ? warp_references[thread] : Sum::kLowest;
-    exp_sum.sum = exists ? warp_sums[thread] : 0.0f;
-    exp_sum.combine(lanes, factor);
-    if (kTotal) total = lanes.sum(exists ? warp_totals[thread] : 0.0f);
+    sums.gather(smem);
   }
   if (thread == 0) {
-    p.lse[row] = fmaf(exp_sum.reference, p.scale, logf(exp_sum.sum));
+    p.lse[row] = sums.lse(p.scale);
     p.label_logit[row] = label_logit * p.scale;
-    if (kTotal) p.total[row] = total * p.scale;
+    if (kTotal) p.total[row] = sums.total * p.scale;
   }
 }
 

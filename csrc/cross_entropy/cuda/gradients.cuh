@@ -13,17 +13,17 @@ template <typename Result, bool kTotal, int kThreads, int kUnroll, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     gradients_kernel(const __grid_constant__ ForwardParams f,
                      const __grid_constant__ BackwardParams p) {
-  using Sum = ExpSum<false>;
-  constexpr int kSize = 4, kWarps = kThreads / 32;
+  using Sums = RowSums<float, kTotal, false, kThreads>;
+  constexpr int kSize = Sums::kSize;
+  constexpr float kNothing = Sums::Sum::kNothing;
   using ResultVector = device::Vector<Result, kSize>;
-  __shared__ float warp_references[kWarps], warp_sums[kWarps], warp_totals[kWarps];
+  __shared__ typename Sums::Smem smem;
 
   const int64_t row = blockIdx.x, first = row * f.vocabulary;
   const float* logits = static_cast<const float*>(f.logits) + first;
   Result* dlogits = static_cast<Result*>(p.dlogits) + first_result_row(p) * f.vocabulary + first;
   const Columns<kSize> columns(first, f.vocabulary);
-  const int thread = threadIdx.x, lane = thread % 32;
-  const float factor = f.scale * kLog2e;
+  const int thread = threadIdx.x;
   const int32_t label = f.labels[row];
   const bool is_class = label >= 0 && label < f.vocabulary;
 
@@ -36,22 +36,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const auto load = [&](int i) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        next[u] = {Sum::kNothing, Sum::kNothing, Sum::kNothing, Sum::kNothing};
+        next[u] = {kNothing, kNothing, kNothing, kNothing};
         if (columns.has(i + u * kThreads)) next[u] = __ldcg(source + u * kThreads);
       }
       source += kUnroll * kThreads;
     };
     load(thread);
     const float label_logit = thread == 0 && is_class ? logits[label] : 0.0f;
-    Sum exp_sum;
-    float total = 0.0f;
-    const auto take_one = [&](int column) {
-      const float x[1][1] = {{column < 0 ? Sum::kNothing : logits[column]}};
-      if (kTotal && column >= 0) total += x[0][0];
-      exp_sum.add(x, factor);
-    };
-    take_one(columns.head_column(thread));
-    take_one(columns.tail_column(thread));
+    Sums sums(f.scale * kLog2e);
+    sums.take_one(logits, columns.head_column(thread));
+    sums.take_one(logits, columns.tail_column(thread));
     for (int i = thread; i < columns.end; i += kUnroll * kThreads) {
       float x[kUnroll][kSize];
 #pragma unroll
@@ -59,31 +53,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         x[u][0] = next[u].x, x[u][1] = next[u].y, x[u][2] = next[u].z, x[u][3] = next[u].w;
       }
       load(i + kUnroll * kThreads);
-      exp_sum.add(x, factor);
-      if (kTotal) {
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          if (columns.has(i + u * kThreads)) total += (x[u][0] + x[u][1]) + (x[u][2] + x[u][3]);
-        }
-      }
+      sums.add(x);
+      sums.add_total(x, columns, i);
     }
-    const device::Lanes<32> lanes;
-    exp_sum.combine(lanes, factor);
-    if (kTotal) total = lanes.sum(total);
-    if (lane == 0) {
-      warp_references[thread / 32] = exp_sum.reference;
-      warp_sums[thread / 32] = exp_sum.sum;
-      warp_totals[thread / 32] = total;
-    }
+    sums.combine_lanes();
+    sums.leave(smem);
     __syncthreads();  // every warp reads what all have written
-    exp_sum.reference = lane < kWarps ? warp_references[lane] : Sum::kLowest;
-    exp_sum.sum = lane < kWarps ? warp_sums[lane] : 0.0f;
-    exp_sum.combine(lanes, factor);
-    lse = fmaf(exp_sum.reference, f.scale, logf(exp_sum.sum));
-    if (thread < 32 && kTotal) total = lanes.sum(lane < kWarps ? warp_totals[lane] : 0.0f);
+    sums.gather(smem);
+    lse = sums.lse(f.scale);
     if (thread == 0) {
       f.label_logit[row] = label_logit * f.scale;
-      if (kTotal) f.total[row] = total * f.scale;
+      if (kTotal) f.total[row] = sums.total * f.scale;
     }
   } else if (thread == 0) {
     f.label_logit[row] = 0.0f;
@@ -92,17 +72,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (thread == 0) f.lse[row] = lse;
 
   // Gradient.
-  const float scale = p.scale;
   const Cotangents d = cotangents_of(p, row, lse);
-  const float slope = scale * d.dlse, constant = scale * d.dtotal;
-  const bool reads = d.dlse != 0.0f;
-  const auto dlogit = [&](float x) {
-    const float shift = fmaf(x, scale, -lse);  // first: exp(0) is 1 however large the logits are
-    return fmaf(slope, ptx::exp2_approx(shift * kLog2e), constant);
-  };
+  const Gradient gradient(p, d, lse);
+  const auto logit = [&](int column) { return gradient.reads ? logits[column] : 0.0f; };
   const auto put_one = [&](int column) {
-    if (column < 0) return;
-    dlogits[column] = device::from_float<Result>(reads ? dlogit(logits[column]) : constant);
+    if (column >= 0) dlogits[column] = device::from_float<Result>(gradient(logit(column)));
   };
   put_one(columns.head_column(thread));
   put_one(columns.tail_column(thread));
@@ -112,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     float4 words[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (reads && columns.has(i + u * kThreads)) words[u] = __ldcs(source + u * kThreads);
+      if (gradient.reads && columns.has(i + u * kThreads)) words[u] = __ldcs(source + u * kThreads);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -120,17 +94,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const float x[kSize] = {words[u].x, words[u].y, words[u].z, words[u].w};
       ResultVector out;
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        out.at[j] = device::from_float<Result>(reads ? dlogit(x[j]) : constant);
-      }
+      for (int j = 0; j < kSize; ++j) out.at[j] = device::from_float<Result>(gradient(x[j]));
       target[u * kThreads] = out;
     }
     source += kUnroll * kThreads;
     target += kUnroll * kThreads;
   }
   if (is_class && thread == columns.owner(label, kThreads)) {
-    const float others = reads ? dlogit(logits[label]) : constant;
-    dlogits[label] = device::from_float<Result>(fmaf(scale, d.dlabel, others));
+    const float others = gradient(logit(label));
+    dlogits[label] = device::from_float<Result>(fmaf(p.scale, d.dlabel, others));
   }
 }
 
