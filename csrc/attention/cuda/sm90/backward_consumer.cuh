@@ -12,27 +12,8 @@
 
 namespace jax_flash::attention::sm90 {
 
-// P = 2^(scale_log2 S - lse), in place, and in 16 bits as operand A of dV += P^T dO. `lse` in the
-// order of stats_index.
-template <typename Element, int kGroups>
-__device__ __forceinline__ void exponentiate(float (&rS)[2 * kGroups][4],
-                                             uint32_t (&rP)[kGroups][4], const float* lse,
-                                             float scale_log2) {
-  const int quad_lane = threadIdx.x % 4;
-#pragma unroll
-  for (int j = 0; j < kGroups; ++j) {
-    const float4 x = *reinterpret_cast<const float4*>(lse + 16 * j + 4 * quad_lane);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float low = e % 2 == 0 ? x.x : x.y, high = e % 2 == 0 ? x.z : x.w;
-      rS[2 * j][e] = ptx::exp2_approx(fmaf(rS[2 * j][e], scale_log2, -low));
-      rS[2 * j + 1][e] = ptx::exp2_approx(fmaf(rS[2 * j + 1][e], scale_log2, -high));
-    }
-    device::pack_operand<Element>(rP[j], rS[2 * j], rS[2 * j + 1]);
-  }
-}
-
-// The same where -lse / scale is a term of S.
+// P = 2^(scale_log2 S), in place, and in 16 bits as operand A of dV += P^T dO. S begins with
+// -lse / scale.
 template <typename Element, int kGroups>
 __device__ __forceinline__ void exponentiate(float (&rS)[2 * kGroups][4],
                                              uint32_t (&rP)[kGroups][4], float scale_log2) {
@@ -61,7 +42,7 @@ __device__ __forceinline__ void differentiate(const float (&rDP)[kN][4], const u
   }
 }
 
-// The same where -delta is a term of dP.
+// The same where dP begins with -delta.
 template <typename Element, int kN>
 __device__ __forceinline__ void differentiate(const float (&rDP)[kN][4], const uint32_t (&rP)[4],
                                               int j, uint32_t (&rDS)[4]) {
