@@ -156,21 +156,26 @@ def check_attention(
     )
 
 
-def check_call(implementation, call, tensors, *, ok, keep=None, scale, rate=0.0, seed=1):
+def check_call(
+    implementation, call, tensors, *, ok, keep=None, scale, rate=0.0, seed=1, dout_scale=1.0
+):
     """(out, lse) = call(q, k, v) and its gradients against the definition, for the pairs `ok`.
 
     Args:
       tensors: numpy q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv].
       ok, keep: bool [B, N, T, S].
+      dout_scale: of the cotangents, whose elements are else of standard deviation 1.
 
     Returns:
       (out, lse, (dq, dk, dv)) of `call`.
     """
     q, k, v = tensors
     dout = random(seed, q.dtype, (*q.shape[:-1], v.shape[-1]))[0]
+    dout = (dout * dout_scale).astype(q.dtype)
     formula = dict(scale=scale, keep=keep, rate=rate)
     exact = reference.forward(q, k, v, ok, **formula)
     dlse = random(seed + 1, np.float32, exact.lse.shape)[0]
+    dlse = dlse * np.float32(dout_scale)
     dlse = np.where(np.isfinite(exact.lse), dlse, 0)  # an empty row's lse has no derivative
     exact_grads = reference.backward(q, k, v, ok, dout, dlse, **formula)
 

@@ -1,5 +1,5 @@
 """Scores and values that an online softmax can stumble over: maxima that grow, fall or jump from
-tile to tile, first tiles without a key, sums near overflow. The output and lse, in 16-bit types."""
+tile to tile, first tiles without a key, sums near overflow. In 16-bit types."""
 
 import functools
 
@@ -45,19 +45,19 @@ BANDS[:, 1, 1::3] = False  # a third see none at all
 OPTIONS["bands"] = dict(block_mask=BANDS, block_size=(16, 256))
 
 
-def scores_as_tensors(slope, dtype, head_dim: int, seed: int):
+def scores_as_tensors(slope, dtype, head_dim: int, seed: int, batch=1, seq_q=SEQ_Q, seq_k=SEQ_K):
     """q, k whose products, times the scale, are noise plus the slope.
 
     The slope takes two elements of the head dim, as a 16-bit type has too few bits for it in one.
     """
     rng = np.random.default_rng(seed)
-    q = rng.standard_normal((1, SEQ_Q, HEADS, head_dim))
-    k = rng.standard_normal((1, SEQ_K, HEADS, head_dim))
+    q = rng.standard_normal((batch, seq_q, HEADS, head_dim))
+    k = rng.standard_normal((batch, seq_k, HEADS, head_dim))
     scale = head_dim**-0.5
     if slope is None:
         k[:] = k[:, :1]
     else:
-        target = np.asarray(slope(np.arange(SEQ_K)), np.float64) / scale / 64
+        target = np.asarray(slope(np.arange(seq_k)), np.float64) / scale / 64
         high = target.astype(jnp.dtype(dtype)).astype(np.float64)
         q[..., :2] = 64
         k[..., 0], k[..., 1] = high[:, None], (target - high)[:, None]
@@ -72,12 +72,12 @@ def compiled(implementation: str, option: str):
 
 def check_forward(implementation, q, k, v, option):
     options, call = OPTIONS[option], compiled(implementation, option)
-    ok = reference.allowed(1, HEADS, SEQ_Q, SEQ_K, **helpers.mask_options(options))
+    sizes = (q.shape[0], HEADS, q.shape[1], k.shape[1])
+    ok = reference.allowed(*sizes, **helpers.mask_options(options))
     rate = options.get("dropout_rate", 0.0)
     keep = None
     if rate:
-        shape = (1, HEADS, SEQ_Q, SEQ_K)
-        keep = reference.dropout_keep(rate, np.asarray(helpers.KEY), *shape)
+        keep = reference.dropout_keep(rate, np.asarray(helpers.KEY), *sizes)
     scale = q.shape[-1] ** -0.5
     exact = reference.forward(q, k, v, ok, scale=scale, keep=keep, rate=rate)
     with jax.default_device(helpers.device(implementation)):
@@ -115,6 +115,21 @@ def test_scores(implementation, dtype, slope):
         check_forward(implementation, q, k, v, option)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("slope", ["growing", "falling", "spike last", "far below zero", "equal"])
+def test_many_jobs(slope, head_dim):
+    """More tiles than a GPU takes at once: what a kernel that goes on to the next tile begins with.
+
+    32 keys more than queries: of the tile of keys that is first, half of a warpgroup sees nothing.
+    """
+    sizes = dict(batch=100, seq_q=256, seq_k=288)
+    for option in ("none", "causal"):
+        q, k = scores_as_tensors(SLOPES[slope], "bfloat16", head_dim, seed=head_dim, **sizes)
+        v = helpers.random(3, "bfloat16", k.shape)[0]
+        check_forward("cuda", q, k, v, option)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("slope", ["growing", "falling", "saw", "equal"])
@@ -132,6 +147,27 @@ def test_values_near_overflow(implementation, dtype, slope):
         if OPTIONS[option].get("dropout_rate"):
             v *= 0.5  # what is kept is scaled up
         check_forward(implementation, q, k, v.astype(jnp.dtype(dtype)), option)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("slope", ["growing", "saw", "far below zero", "far above zero"])
+@pytest.mark.parametrize("dout_scale", [2.0**-12, 1.0, 2.0**9])
+def test_gradients(implementation, dtype, slope, dout_scale):
+    """lse and delta far from 1: the Hopper backward adds them up from 16-bit parts."""
+    options = dict(is_causal=True, causal_offset="bottom_right")
+    ok = reference.allowed(1, HEADS, SEQ_Q, SEQ_K, **helpers.mask_options(options))
+    for head_dim in (64,) if implementation == "cpu" else (64, 128, 256):
+        q, k = scores_as_tensors(SLOPES[slope], dtype, head_dim, seed=head_dim)
+        v = helpers.random(3, dtype, (1, SEQ_K, HEADS, head_dim))[0]
+        helpers.check_call(
+            implementation,
+            functools.partial(helpers.attend_packed, "separate", implementation, options),
+            (q, k, v),
+            ok=ok,
+            scale=head_dim**-0.5,
+            dout_scale=dout_scale,
+        )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

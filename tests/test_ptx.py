@@ -248,11 +248,23 @@ def test_ordered_sum(run):
     assert turn[0] == 500
 
 
+@pytest.mark.gpu
+def test_cluster(run):
+    """Rows that go from one CTA of a pair to the other and back, all bits of them."""
+    source = np.random.default_rng(0).integers(0, 1 << 32, (150, 40, 512), dtype=np.uint32)
+    source[::7] = 0xFFFFFFFF
+    constant = np.array([3, 0xFFFFFFFF, 0, 12345], np.uint32)
+    got = run("cluster", _shape("uint32", *source.shape), source, constant)
+    np.testing.assert_array_equal(
+        got, source + np.tile(constant * np.array([0, 1, 1, 1], np.uint32), 128)
+    )
+
+
 def test_every_instruction_is_tested():
     """No wrapper of an instruction without a kernel here that uses it."""
     if not CSRC.is_dir():
         pytest.skip("no sources here")
-    headers = [CSRC / "ptx" / name for name in ("sm90.cuh", "wgmma.cuh")]
+    headers = [CSRC / "ptx" / name for name in ("sm90.cuh", "wgmma.cuh", "cluster.cuh")]
     declared = set()
     for header in headers:
         functions = r"^__device__ __forceinline__ \w+ (\w+)\("  # indented: of a class

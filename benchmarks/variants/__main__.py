@@ -220,6 +220,8 @@ def problems(head_dim: int, direction: str):
     if direction == "forward":  # scores far above and below what a job begins with
         for scores in (1.5, -1.5, 3.0, -3.0):
             yield Problem(2, 512, 512, 3, 3, head_dim, causal=1), dict(scores=scores)
+            # Many jobs, of whose first tile some warps see nothing.
+            yield Problem(40, 256, 288, 16, 16, head_dim, causal=2), dict(scores=scores)
 
 
 def faults(problem: Problem, call, direction: str, exact: dict, plain: dict) -> list[str]:

@@ -22,6 +22,13 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// Two elements, unchanged.
+template <typename Element>
+__device__ __forceinline__ uint32_t pack_elements(Element low, Element high) {
+  return uint32_t{reinterpret_cast<const uint16_t&>(high)} << 16 |
+         reinterpret_cast<const uint16_t&>(low);
+}
+
 // Two accumulators side by side (16 columns) -> operand A of the next mma.
 template <typename Element>
 __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&left)[4],

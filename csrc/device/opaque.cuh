@@ -18,6 +18,13 @@ __device__ __forceinline__ float opaque_zero() {
   return x;
 }
 
+// threadIdx.x, read again here instead of kept from the start.
+__device__ __forceinline__ int thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // The same: an address is computed once, and what lies near it is reached with constant distances.
 template <typename T>
 __device__ __forceinline__ T* opaque(T* pointer) {

@@ -29,7 +29,9 @@ struct BackwardPlan {
 
   // Workspace. The rows are those of whole slots; inside a slot the elements of a sum lie in the
   // order of the kernel's accumulators: [register][thread].
-  float2* stats = nullptr;   // [batches, heads, query_slots * kBlockM]: lse * log2(e), delta
+  // [batches, heads, query_slots, kBlockM * 16 bytes]: lse * log2(e) and delta of each row, or on
+  // sm_90a what backward_terms.cuh says.
+  float2* stats = nullptr;
   float* dq_sum = nullptr;   // [dq_buffers, batches, heads, query_slots, kBlockM * head_dim]
   float* dkv_sum = nullptr;  // [key_splits, 2, batches, kv_heads, key_slots, kBlockN * head_dim];
                              // empty with one split
@@ -37,7 +39,7 @@ struct BackwardPlan {
   int64_t key_tile_elements = 0;              // of one slot's dK or dV
   // The sm_90a kernels' own: a list of their key tiles; counters, of tiles taken and, where
   // deterministic, of the additions to each tile of dQ.
-  void* places = nullptr;   // [batches, kv_heads, key slots of 64, key_splits] entries
+  void* places = nullptr;   // [batches, kv_heads, key slots of 64, key_splits] entries, and the end
   int* counters = nullptr;  // [4 + 2 * batches * heads * query slots of 64]
   int64_t bytes = 0;
 };
@@ -82,7 +84,7 @@ inline BackwardPlan make_backward_plan(const BackwardParams& p, int block_m, int
   }
 
   // Lay out the workspace; float2 first, everything a multiple of 16 bytes.
-  const int64_t stats_bytes = plan.batches * p.heads * plan.query_slots * block_m * 8;
+  const int64_t stats_bytes = plan.batches * p.heads * plan.query_slots * block_m * 16;
   const int64_t dq_bytes = plan.dq_buffers * plan.dq_elements * 4;
   const int64_t dkv_bytes = plan.key_splits > 1 ? plan.key_splits * 2 * plan.dkv_elements * 4 : 0;
   char* base = static_cast<char*>(p.workspace);
@@ -91,7 +93,7 @@ inline BackwardPlan make_backward_plan(const BackwardParams& p, int block_m, int
   plan.dkv_sum = reinterpret_cast<float*>(base + stats_bytes + dq_bytes);
   base += stats_bytes + dq_bytes + dkv_bytes;
   const int64_t places_bytes =
-      columns * plan.key_splits * plan_slots(p, p.seq_k, 64) * kPlanPlaceBytes;
+      (columns * plan.key_splits * plan_slots(p, p.seq_k, 64) + 1) * kPlanPlaceBytes;
   plan.places = base;
   plan.counters = reinterpret_cast<int*>(base + places_bytes);
   const int64_t counters_bytes =

@@ -117,6 +117,16 @@ ffi::Error ordered_sum(cudaStream_t stream, F32 source, ffi::Result<F32> total,
                                      turn->typed_data(), stream));
 }
 
+ffi::Error cluster(cudaStream_t stream, U32 source, U32 constant, ffi::Result<U32> out) {
+  const auto dims = source.dimensions();
+  if (dims.size() != 3 || dims[2] != 512 || constant.element_count() != 4 ||
+      out->element_count() != source.element_count()) {
+    return bad_argument("source", "[pairs, rows, 512]", to_string(dims));
+  }
+  return to_error(launch_cluster(source.typed_data(), constant.typed_data(), dim(dims, 0),
+                                 dim(dims, 1), out->typed_data(), stream));
+}
+
 auto bind() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
 
 XLA_FFI_DEFINE_HANDLER(Wgmma, wgmma,
@@ -177,6 +187,12 @@ XLA_FFI_DEFINE_HANDLER(OrderedSum, ordered_sum,
                            .Ret<F32>()    // total
                            .Ret<S32>());  // turn
 
+XLA_FFI_DEFINE_HANDLER(Cluster, cluster,
+                       bind()
+                           .Arg<U32>()    // source
+                           .Arg<U32>()    // constant
+                           .Ret<U32>());  // out
+
 template <typename Handler>
 nb::capsule handler(Handler* symbol) {
   return nb::capsule(reinterpret_cast<void*>(symbol));
@@ -196,6 +212,7 @@ NB_MODULE(_cuda_testing, module) {
     table["jax_flash_testing.named_barriers"] = handler(NamedBarriers);
     table["jax_flash_testing.dependent_pair"] = handler(DependentPair);
     table["jax_flash_testing.ordered_sum"] = handler(OrderedSum);
+    table["jax_flash_testing.cluster"] = handler(Cluster);
     return table;
   });
 }

@@ -62,4 +62,9 @@ const char* launch_dependent_pair(const float* source, int columns, float* scrat
 const char* launch_ordered_sum(const float* source, int ctas, int columns, float* total,
                                int32_t* turn, cudaStream_t stream);
 
+// out [pairs, rows, 512] = source + constant [4], except for words 0, 4, 8, ..., which stay: each
+// row goes from one CTA of a cluster to the other and back.
+const char* launch_cluster(const uint32_t* source, const uint32_t* constant, int pairs, int rows,
+                           uint32_t* out, cudaStream_t stream);
+
 }  // namespace jax_flash::testing

@@ -28,8 +28,9 @@ struct BackwardTraits {
   static constexpr int kBlockN = 128;       // keys of the CTA, 64 a warpgroup
   static constexpr int kStages = kStages_;  // Q and dO tiles in shared memory
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
-  static constexpr bool kAddsInOrder = true;  // to dQ, where deterministic
-  static constexpr int kThreads = 128 + kConsumerThreads;
+  static constexpr int kTermRows = 2 * kTermParts;  // of S and of dP
+  static constexpr bool kAddsInOrder = true;        // to dQ, where deterministic
+  static constexpr int kClusterSize = 1, kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   // dQ is cut into blocks of 64 queries x 64 dims, one a warpgroup.
@@ -51,9 +52,10 @@ struct BackwardTraits {
   struct Smem {
     KeyTile k, v;
     QueryTile q[kStages], dout[kStages];
+    TermTile<kBlockM> terms[kStages];
+    WeightTile weights[2];          // of the terms of S and of dP
     ScoreTile ds[2];                // in the end: dK and dV on their way out
     float dq[kConsumers][64 * 64];  // a warpgroup's block of dQ, [n][thread][4]
-    float lse[kStages][kBlockM], delta[kStages][kBlockM];  // in the order of stats_index
     Step steps[kStages];
     DqTarget targets[kTargets];
     bool is_end[kConsumers];  // for those who add to dQ: no block, that was all
@@ -97,12 +99,12 @@ template <class Traits>
 __device__ __forceinline__ void produce(const BackwardArguments& a, typename Traits::Smem& smem) {
   constexpr int kBlockM = Traits::kBlockM;
   Ring<Traits::kStages> ring;
-  int index = static_cast<int>(blockIdx.x);
   uint32_t key_phase = 0;
   for (int t = 0;; ++t) {
     // NOTE: no sooner, or who has the longest tile also has the next one from the start.
     // Where tiles wait for earlier ones even the first is taken from the counter, so that an
     // earlier one is always that of a CTA that runs.
+    int index = static_cast<int>(blockIdx.x);
     if (t > 0 || a.p.deterministic) {
       index = atomicAdd(a.next_tile, 1) + (a.p.deterministic ? 0 : static_cast<int>(gridDim.x));
     }
@@ -133,8 +135,8 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
     while (true) {
       const int stage = ring.stage, row = query_tile * kBlockM;
       const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
-      const float* stats = reinterpret_cast<float*>(a.plan.stats) + int64_t{sum} * (2 * kBlockM);
-      constexpr uint32_t kBytes = sizeof(typename Traits::QueryTile) + kBlockM * sizeof(float);
+      const char* stats = reinterpret_cast<char*>(a.plan.stats) + int64_t{sum} * (16 * kBlockM);
+      constexpr uint32_t kBytes = sizeof(typename Traits::QueryTile);
 
       ptx::mbarrier_wait(smem.q_empty[stage], ring.phase ^ 1);
       typename Traits::Step& step = smem.steps[stage];
@@ -143,17 +145,15 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
       step.row = row;
       step.is_full = place.range.is_full(query_tile);
       step.is_last = steps == 1;
-      ptx::mbarrier_arrive_expect(smem.q_full[stage], kBytes);
+      ptx::mbarrier_arrive_expect(smem.q_full[stage], kBytes + 2 * Traits::kTermRows * kBlockM);
       load_tile(smem.q[stage], a.q, place.batch, head, place.sequence.query_start + row,
                 smem.q_full[stage], ptx::L2Hint::kEvictLast);
-      ptx::bulk_load(smem.lse[stage], stats, kBlockM * sizeof(float), smem.q_full[stage]);
+      load_terms<Traits::kTermRows>(smem.terms[stage], stats, smem.q_full[stage]);
 
       ptx::mbarrier_wait(smem.dout_empty[stage], ring.phase ^ 1);
       ptx::mbarrier_arrive_expect(smem.dout_full[stage], kBytes);
       load_tile(smem.dout[stage], a.dout, place.batch, head, place.sequence.query_start + row,
                 smem.dout_full[stage], ptx::L2Hint::kEvictLast);
-      ptx::bulk_load(smem.delta[stage], stats + kBlockM, kBlockM * sizeof(float),
-                     smem.dout_full[stage]);
       ring.advance();
       if (--steps == 0) break;
       if (++query_tile == place.range.end) {
@@ -188,7 +188,7 @@ __device__ __forceinline__ void add_blocks(const BackwardArguments& a, typename 
   ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.
 }
 
-enum class ConsumerBarrier { kBoth = 1, kOwn = 2, kTurn = 5 };  // kOwn, kTurn + warpgroup
+enum class ConsumerBarrier { kBoth = 1, kOwn = 2 };  // kOwn + consumer
 
 template <class Traits>
 __device__ __forceinline__ void consume(const BackwardArguments& a, typename Traits::Smem& smem,
@@ -208,20 +208,19 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
     ptx::named_barrier_sync(static_cast<int>(ConsumerBarrier::kBoth), Traits::kConsumerThreads);
   };
 
-  // S^T or dP^T of this warpgroup's 64 keys.
-  const auto multiply_keys = [&](float (&rD)[kBlockM / 8][4], const KeyTile& keys,
-                                 const QueryTile& queries) {
-    const ptx::MatrixDescriptor a =
-        ptx::MatrixDescriptor(&keys, 0) + device::opaque(consumer) * (4 * ptx::kRows16);
-    const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&queries, 0);
-    ptx::wgmma_pin(rD);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kHeadDim / 16; ++k) {
-      ptx::wgmma<Element, false, false>(
-          rD, a + k / 4 * (KeyTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16,
-          b + k / 4 * (QueryTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16, k > 0);
-    }
+  // S^T and dP^T of this warpgroup's 64 keys.
+  const auto own_keys = [&](const KeyTile& keys) {
+    return ptx::MatrixDescriptor(&keys, 0) + device::opaque(consumer) * (4 * ptx::kRows16);
+  };
+  const auto multiply_keys_queries = [&](float (&rS)[kBlockM / 8][4], int stage) {
+    add_terms<Element>(rS, smem.terms[stage], smem.weights[0]);
+    multiply_keys<Element, KeyTile, true>(rS, own_keys(smem.k), smem.q[stage]);
+    ptx::wgmma_commit();
+  };
+  const auto multiply_values_gradients = [&](float (&rDP)[kBlockM / 8][4], int stage) {
+    add_terms<Element>(rDP, smem.terms[stage], smem.weights[1]);
+    multiply_keys<Element, KeyTile, true>(rDP, own_keys(smem.v), smem.dout[stage]);
+    ptx::wgmma_commit();
   };
   // This warpgroup's 64 x 64 block of dS K.
   const auto multiply_scores = [&](float (&rD)[8][4], const ScoreTile& ds) {
@@ -242,7 +241,6 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
   Ring<Traits::kStages> ring;
   Ring<2> ds_ring;
   uint32_t key_phase = 0, dq_phase = 0;
-  if (consumer == 1) ptx::named_barrier_arrive(static_cast<int>(ConsumerBarrier::kTurn), 256);
   for (int t = 0;; ++t) {
     ptx::mbarrier_wait(smem.place_full[t % 2], t / 2 & 1);
     const KeyTilePlace& place = smem.places[t % 2];
@@ -277,10 +275,10 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
           mask_scores(rS, s, BlockMask(a.p.mask, place.batch, step.head), s.first_row + warp_row,
                       step.row);
         }
-        exponentiate<Element>(rS, rP, smem.lse[ring.stage], scale_log2);
+        exponentiate<Element>(rS, rP, scale_log2);
       };
-      // Hands the finished block of dQ to the thread that adds it to the sums.
-      const auto send_dq = [&] {
+      // Writes the finished block of dQ, and hands it to the thread that adds it to the sums.
+      const auto write_dq = [&] {
         ptx::wgmma_pin(rDQ);
         ptx::mbarrier_wait(smem.dq_empty[consumer], dq_phase ^ 1);
         dq_phase ^= 1;
@@ -289,6 +287,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         for (int n = 0; n < 8; ++n) {
           block[n * 128] = {rDQ[n][0], rDQ[n][1], rDQ[n][2], rDQ[n][3]};
         }
+      };
+      const auto send_dq = [&] {
         ptx::fence_async_shared();
         __syncwarp();  // All lanes' elements are written and fenced.
         release(smem.dq_full[consumer]);
@@ -298,20 +298,20 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
       wait_for_queries(smem.q[ring.stage], smem.q_full[ring.stage]);
       ptx::wgmma_pin(rDK);
       ptx::wgmma_pin(rDV);
-      multiply_keys(rS, smem.k, smem.q[ring.stage]);
-      ptx::wgmma_commit();
+      multiply_keys_queries(rS, ring.stage);
       wait_for_keys(smem.v, smem.v_full);
       wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
       ptx::wgmma_wait<0>();
       make_probabilities();
-      multiply_keys(rDP, smem.v, smem.dout[ring.stage]);
-      ptx::wgmma_commit();
+      multiply_values_gradients(rDP, ring.stage);
 
+      bool dq_is_written = false;
       while (true) {
         // In flight: dP. dV runs while dP becomes dS.
         const int stage = ring.stage;
         accumulate<Element>(rDV, rP, smem.dout[stage]);
         ptx::wgmma_commit();
+        if (dq_is_written) send_dq();  // the last step's; the fence waits under dP
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDP);
         ScoreTile& ds = smem.ds[ds_ring.stage];
@@ -319,17 +319,16 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
             ds, device::LdmatrixAddress<ScoreTile>::Order::kRowsFirst, warp_row);
 #pragma unroll
         for (int j = 0; j < kBlockM / 16; ++j) {
-          differentiate<Element>(rDP, rP[j], smem.delta[stage], j, rDS[j]);
+          differentiate<Element>(rDP, rP[j], j, rDS[j]);
           ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
         }
+        // dK, issued before the fence that waits for the stores, and the next step's S behind it.
+        accumulate<Element>(rDK, rDS, smem.q[stage]);
+        ptx::wgmma_commit();
         ptx::fence_async_shared();
         __syncwarp();  // All lanes' elements are written and fenced.
         release(smem.ds_full[ds_ring.stage]);
         const bool is_last = smem.steps[stage].is_last;
-
-        // dK, and the next step's S behind it.
-        accumulate<Element>(rDK, rDS, smem.q[stage]);
-        ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDV);
         release(smem.dout_empty[stage]);
@@ -344,12 +343,12 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
           release(smem.q_empty[stage]);
           release(smem.k_empty);
           ds_ring.advance();
+          write_dq();
           send_dq();
           break;
         }
         wait_for_queries(smem.q[ring.stage], smem.q_full[ring.stage]);
-        multiply_keys(rS, smem.k, smem.q[ring.stage]);
-        ptx::wgmma_commit();
+        multiply_keys_queries(rS, ring.stage);
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDK);
         release(smem.q_empty[stage]);
@@ -361,14 +360,12 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         ptx::wgmma_commit();
         ds_ring.advance();
         ptx::wgmma_wait<1>();
-        ptx::named_barrier_sync(static_cast<int>(ConsumerBarrier::kTurn) + consumer, 256);
         make_probabilities();
-        ptx::named_barrier_arrive(static_cast<int>(ConsumerBarrier::kTurn) + 1 - consumer, 256);
         ptx::wgmma_wait<0>();
-        send_dq();
+        write_dq();
+        dq_is_written = true;
         wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
-        multiply_keys(rDP, smem.v, smem.dout[ring.stage]);
-        ptx::wgmma_commit();
+        multiply_values_gradients(rDP, ring.stage);
       }
       key_phase ^= 1;
       sync_consumers();  // Both have read dS: its place is free.
@@ -411,7 +408,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // NOTE: the shuffle tells the compiler that a warp is of one mind.
   const int warpgroup = __shfl_sync(device::kWarp, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) initialise_barriers<Traits>(smem);
-  __syncthreads();  // The barriers exist.
+  fill_weights<typename Traits::Element>(smem.weights[0], 0);
+  fill_weights<typename Traits::Element>(smem.weights[1], kTermParts);
+  for (auto& terms : smem.terms) zero_other_rows<Traits::kTermRows>(terms);
+  ptx::fence_async_shared();
+  __syncthreads();  // The barriers exist, the constants are written.
   if (warpgroup == 0) {
     ptx::give_registers<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) {

@@ -17,7 +17,7 @@ struct alignas(16) KeyTilePlace {
   float *dq_sum, *dkv_sum;  // dkv_sum: of this tile and split; nullptr: dK and dV leave whole
   int query_tile;  // of head 0 and the sequence's first rows: [batches, heads, query_slots]
   int kv_head, first_head, first_tile, num_steps;
-  bool exists;
+  bool exists;  // or this is the end of the list
 };
 
 struct BackwardArguments {
@@ -28,8 +28,8 @@ struct BackwardArguments {
   // (batch entry, kv head) pass by together, the first slots, which a causal mask makes the
   // longest, first.
   int num_places = 0, section = 1;
-  KeyTilePlace* places = nullptr;  // [num_places]: [key tiles, key_splits]
-  int* next_tile = nullptr;        // how many tiles were taken beyond each CTA's first
+  KeyTilePlace* places = nullptr;  // [num_places + 1]: [key tiles, key_splits], and the end
+  int* next_tile = nullptr;        // how many tiles were taken beyond the first of each CTA or pair
   // [batches, heads, query_slots, 2]: where deterministic, what was added to each part of a tile's
   // dQ so far. The list's order is then that of the additions, so that whoever waits for its turn
   // waits for tiles that others have taken.

@@ -56,16 +56,17 @@ __device__ __forceinline__ DqTarget find_target(const BackwardArguments& a,
   return target;
 }
 
-// Starts the copies of a [kRows][kHeadDim] tile.
+// Starts the copies of a tile [kRows][kCols], from dim `first_col` on.
 template <typename Tile>
 __device__ __forceinline__ void load_tile(Tile& tile, const OperandMap& operand,
                                           const BatchIndex& batch, int head, int row,
-                                          ptx::Mbarrier& barrier, ptx::L2Hint hint) {
+                                          ptx::Mbarrier& barrier, ptx::L2Hint hint,
+                                          int first_col = 0) {
   const int entry = operand.batch(batch.axis);
 #pragma unroll
   for (int slab = 0; slab < Tile::kSlabs; ++slab) {
     ptx::tma_load(reinterpret_cast<char*>(tile.data) + slab * Tile::kSlabBytes, operand.map,
-                  barrier, 64 * slab, row, head, entry, hint);
+                  barrier, first_col + 64 * slab, row, head, entry, hint);
   }
 }
 

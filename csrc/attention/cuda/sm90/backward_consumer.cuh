@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention/cuda/sm90/backward_common.cuh"
+#include "attention/cuda/sm90/backward_terms.cuh"
 #include "device/element.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
@@ -11,21 +12,17 @@
 
 namespace jax_flash::attention::sm90 {
 
-// P = 2^(scale_log2 S - lse), in place, and in 16 bits as operand A of dV += P^T dO. `lse` in the
-// order of stats_index.
+// P = 2^(scale_log2 S), in place, and in 16 bits as operand A of dV += P^T dO. S begins with
+// -lse / scale.
 template <typename Element, int kGroups>
 __device__ __forceinline__ void exponentiate(float (&rS)[2 * kGroups][4],
-                                             uint32_t (&rP)[kGroups][4], const float* lse,
-                                             float scale_log2) {
-  const int quad_lane = threadIdx.x % 4;
+                                             uint32_t (&rP)[kGroups][4], float scale_log2) {
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
-    const float4 x = *reinterpret_cast<const float4*>(lse + 16 * j + 4 * quad_lane);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float low = e % 2 == 0 ? x.x : x.y, high = e % 2 == 0 ? x.z : x.w;
-      rS[2 * j][e] = ptx::exp2_approx(fmaf(rS[2 * j][e], scale_log2, -low));
-      rS[2 * j + 1][e] = ptx::exp2_approx(fmaf(rS[2 * j + 1][e], scale_log2, -high));
+      rS[2 * j][e] = ptx::exp2_approx(rS[2 * j][e] * scale_log2);
+      rS[2 * j + 1][e] = ptx::exp2_approx(rS[2 * j + 1][e] * scale_log2);
     }
     device::pack_operand<Element>(rP[j], rS[2 * j], rS[2 * j + 1]);
   }
@@ -45,6 +42,62 @@ __device__ __forceinline__ void differentiate(const float (&rDP)[kN][4], const u
   }
 }
 
+// The same where dP begins with -delta.
+template <typename Element, int kN>
+__device__ __forceinline__ void differentiate(const float (&rDP)[kN][4], const uint32_t (&rP)[4],
+                                              int j, uint32_t (&rDS)[4]) {
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    const float (&dp)[4] = rDP[2 * j + word / 2];
+    rDS[word] = device::multiply<Element>(
+        rP[word], device::pack<Element>(dp[word % 2 * 2], dp[word % 2 * 2 + 1]));
+  }
+}
+
+// S^T = K Q^T or dP^T = V dO^T of a warpgroup's 64 keys, which `keys` points to; where kHasTerms on
+// top of what add_terms has begun.
+template <typename Element, typename KeyTile, bool kHasTerms, typename QueryTile, int kN>
+__device__ __forceinline__ void multiply_keys(float (&rD)[kN][4], ptx::MatrixDescriptor keys,
+                                              const QueryTile& queries) {
+  const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&queries, 0);
+  if constexpr (!kHasTerms) {
+    ptx::wgmma_pin(rD);
+    ptx::wgmma_fence();
+  }
+#pragma unroll
+  for (int k = 0; k < KeyTile::kCols / 16; ++k) {
+    ptx::wgmma<Element, false, false>(
+        rD, keys + k / 4 * (KeyTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16,
+        b + k / 4 * (QueryTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16, kHasTerms || k > 0);
+  }
+}
+// The terms of the queries, the first product of S^T or dP^T.
+template <typename Element, int kN>
+__device__ __forceinline__ void add_terms(float (&rD)[kN][4], const TermTile<8 * kN>& terms,
+                                          const WeightTile& weights) {
+  ptx::wgmma_pin(rD);
+  ptx::wgmma_fence();
+  ptx::wgmma<Element, true, true>(rD, ptx::MatrixDescriptor(&weights, 0),
+                                  ptx::MatrixDescriptor(&terms, TermTile<8 * kN>::kSlabBytes),
+                                  false);
+}
+
+// What S^T or dP^T begins with where add_terms does not: the stats of its queries times `factor`. A
+// load from shared memory takes 90 to 160 clocks beside wgmma (H200, ncu's samples, 2026-11-28):
+// here it is under the product before, and holds no registers.
+template <int kN>
+__device__ __forceinline__ void begin_scores(float (&rS)[kN][4], const float* stats, float factor,
+                                             int quad_lane) {
+#pragma unroll
+  for (int j = 0; j < kN / 2; ++j) {
+    const float4 x = *reinterpret_cast<const float4*>(stats + 16 * j + 4 * quad_lane);
+    rS[2 * j][0] = rS[2 * j][2] = x.x * factor;
+    rS[2 * j][1] = rS[2 * j][3] = x.y * factor;
+    rS[2 * j + 1][0] = rS[2 * j + 1][2] = x.z * factor;
+    rS[2 * j + 1][1] = rS[2 * j + 1][3] = x.w * factor;
+  }
+}
+
 // dV += P^T dO or dK += dS^T Q.
 template <typename Element, typename QueryTile, int kN, int kGroups>
 __device__ __forceinline__ void accumulate(float (&rD)[kN][4], uint32_t (&rA)[kGroups][4],
@@ -59,11 +112,11 @@ __device__ __forceinline__ void accumulate(float (&rD)[kN][4], uint32_t (&rA)[kG
   }
 }
 
-// Writes a warpgroup's 64 keys of dK or dV, times `scale`, into a tile of shared memory.
+// Writes a warpgroup's 64 keys of dK or dV, times `scale`, into a tile of shared memory. `address`
+// is that of the warp's first row.
 template <typename Element, typename Tile, int kN>
-__device__ __forceinline__ void stage_gradient(Tile& tile, const float (&rD)[kN][4], float scale) {
-  using Address = device::LdmatrixAddress<Tile>;
-  const Address address(tile, Address::Order::kRowsFirst, threadIdx.x % 128 / 32 * 16);
+__device__ __forceinline__ void stage_gradient(const device::LdmatrixAddress<Tile>& address,
+                                               const float (&rD)[kN][4], float scale) {
 #pragma unroll
   for (int j = 0; j < kN / 2; ++j) {
     uint32_t packed[4];
@@ -85,7 +138,9 @@ __device__ __forceinline__ void store_gradient(Tile& tile, const float (&rD)[kN]
                                                int cols, int barrier) {
   constexpr int kChunks = kN;
   const int thread = threadIdx.x % 128, col = thread % kChunks * 8;
-  stage_gradient<Element>(tile, rD, scale);
+  using Address = device::LdmatrixAddress<Tile>;
+  stage_gradient<Element, Tile>(
+      Address(tile, Address::Order::kRowsFirst, threadIdx.x % 128 / 32 * 16), rD, scale);
   ptx::named_barrier_sync(barrier, 128);  // The tile is written before others copy it.
 #pragma unroll
   for (int first = 0; first < 64; first += 128 / kChunks) {

@@ -16,7 +16,7 @@ namespace jax_flash::attention::sm90 {
 // to the same sums of dQ; with more, L2 no longer serves them. Else one.
 inline int section_columns(const Problem& p, int64_t columns, int head_dim) {
   if (p.mask.window_right >= p.seq_k && p.mask.window_left >= p.seq_q && !p.mask.varlen) return 1;
-  int section = head_dim > 128 ? 16 : 32;
+  int section = head_dim > 128 ? 8 : 32;
   while (columns % section != 0) --section;
   return section;
 }
@@ -60,10 +60,13 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
       error != cudaSuccess) {
     return cudaGetErrorString(error);
   }
-  prepare_kernel<Traits><<<static_cast<unsigned>(query_tiles + ceil_div(num_places, kPlacesPerCta)),
-                           kPassThreads, 0, stream>>>(a);
-  kernel<<<static_cast<unsigned>(std::min<int64_t>(num_places, multiprocessors)), Traits::kThreads,
-           kSharedBytes, stream>>>(a);
+  prepare_kernel<Traits>
+      <<<static_cast<unsigned>(query_tiles + ceil_div(num_places + 1, kPlacesPerCta)), kPassThreads,
+         0, stream>>>(a);
+  // CTAs, or clusters of them, each with a key tile at a time.
+  const int64_t workers = std::min<int64_t>(num_places, multiprocessors / Traits::kClusterSize);
+  kernel<<<static_cast<unsigned>(workers * Traits::kClusterSize), Traits::kThreads, kSharedBytes,
+           stream>>>(a);
   const int64_t finish_ctas = query_tiles + (plan.key_splits > 1 ? 2 * key_tiles : 0);
   finish_kernel<Traits><<<static_cast<unsigned>(finish_ctas), kPassThreads, 0, stream>>>(a);
   return launch_status();

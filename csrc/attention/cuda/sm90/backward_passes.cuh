@@ -6,6 +6,7 @@
 
 #include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_arguments.h"
+#include "attention/cuda/sm90/backward_terms.cuh"
 #include "device/element.cuh"
 #include "ptx/sm90.cuh"
 
@@ -53,8 +54,9 @@ __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, i
 }
 
 // CTAs [0, query tiles) serve a query tile each, the rest kPlacesPerCta places each. Rows that do
-// not exist or that see no key get lse = +inf, so that their P is 0. delta is divided by the
-// dropout scale, which the main kernel applies to its results instead of to P and dP.
+// not exist or that see no key get lse = +inf, so that their P is 0 (as a term: the largest there
+// is). delta is divided by the dropout scale, which the main kernel applies to its results instead
+// of to P and dP.
 template <class Traits>
 __global__ void __launch_bounds__(kPassThreads)
     prepare_kernel(const __grid_constant__ BackwardArguments a) {
@@ -72,6 +74,7 @@ __global__ void __launch_bounds__(kPassThreads)
   if (tile >= query_tiles) {
     const int index = static_cast<int>((tile - query_tiles) * kPlacesPerCta + threadIdx.x / 32);
     if (index == 0 && threadIdx.x == 0) *a.next_tile = 0;
+    if (index == a.num_places && threadIdx.x % 32 == 0) a.places[index].exists = false;
     if (index >= a.num_places) return;
     const KeyTilePlace place = find_place<kBlockM, Traits::kBlockN>(a, index);
     if (threadIdx.x % 32 == 0) a.places[index] = place;
@@ -84,7 +87,11 @@ __global__ void __launch_bounds__(kPassThreads)
 
   const int lane = threadIdx.x % kLanes, col = 8 * lane;
   const float inverse_dropout_scale = 1.0f / dropout_scale(p.dropout);
-  float* stats = reinterpret_cast<float*>(plan.stats) + int64_t{tile} * (2 * kBlockM);
+  constexpr int kTermRows = Traits::kTermRows;
+  char* const stats = reinterpret_cast<char*>(plan.stats) + int64_t{tile} * (16 * kBlockM);
+  // What is no term, in the order of stats_index.
+  float* const other_stats = reinterpret_cast<float*>(stats + 2 * kTermRows * kBlockM);
+  __shared__ float terms[2][kBlockM];
   const auto first_row = [&](const ConstTensor& tensor) {
     const int row = s.query_start + s.first_row + threadIdx.x / kLanes;
     return element_pointer<Element>(tensor, batch, row, head) + col;
@@ -133,11 +140,24 @@ __global__ void __launch_bounds__(kPassThreads)
       delta += __shfl_xor_sync(device::kWarp, delta, step);
     }
     if (lane == 0) {
-      const int index = stats_index(i * kRowStep + threadIdx.x / kLanes);
+      const int row = i * kRowStep + threadIdx.x / kLanes;
       const bool sees_keys = lse[i] != -INFINITY;
-      stats[index] = sees_keys ? lse[i] * kLog2e : INFINITY;
-      stats[kBlockM + index] = sees_keys ? (delta - dlse[i]) * inverse_dropout_scale : 0.0f;
+      delta = sees_keys ? (delta - dlse[i]) * inverse_dropout_scale : 0.0f;
+      if constexpr (kTermRows > 0) {
+        terms[0][row] = sees_keys ? -lse[i] / p.scale : -kMaxTerm<Element>;
+      } else {
+        other_stats[stats_index(row)] = sees_keys ? lse[i] * kLog2e : INFINITY;
+      }
+      if constexpr (kTermRows > kTermParts) {
+        terms[1][row] = -delta;
+      } else {
+        other_stats[(kTermRows > 0 ? 0 : kBlockM) + stats_index(row)] = delta;
+      }
     }
+  }
+  if constexpr (kTermRows > 0) {
+    __syncthreads();  // All terms are there.
+    write_terms<Element, kTermRows>(stats, terms);
   }
 }
 

@@ -22,8 +22,9 @@ struct SupplierTraits {
   static constexpr int kBlockN = 128;       // keys of the CTA, 64 a warpgroup
   static constexpr int kStages = kStages_;  // Q and dO tiles in shared memory
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
-  static constexpr bool kAddsInOrder = false;  // to dQ, where deterministic
-  static constexpr int kThreads = 128 + kConsumerThreads;
+  static constexpr int kTermRows = kTermParts;  // of S
+  static constexpr bool kAddsInOrder = false;   // to dQ, where deterministic
+  static constexpr int kClusterSize = 1, kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kSupplierRegisters = 72, kConsumerRegisters = 216;
   static constexpr int kDqBlocks = kBlockM / 64 * (kHeadDim / 64);  // of 64 queries x 64 dims
@@ -41,9 +42,11 @@ struct SupplierTraits {
   struct Smem {
     KeyTile k, v;
     QueryTile q[kStages], dout[kStages];
-    ScoreTile ds[2];       // in the end: dK and dV on their way out
-    float dq[2][64 * 64];  // blocks of dQ on their way out, [n][thread][4]
-    float lse[kStages][kBlockM], delta[kStages][kBlockM];  // in the order of stats_index
+    TermTile<kBlockM> terms[kStages];
+    WeightTile weights;
+    ScoreTile ds[2];                // in the end: dK and dV on their way out
+    float dq[2][64 * 64];           // blocks of dQ on their way out, [n][thread][4]
+    float delta[kStages][kBlockM];  // in the order of stats_index
     Step steps[kStages];
     KeyTilePlace places[2];
     ptx::Mbarrier place_full[2], place_empty[2], k_full, k_empty, v_full;
@@ -95,25 +98,24 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
                             Traits::kConsumerThreads);
   };
 
-  // S^T or dP^T of this warpgroup's 64 keys.
-  const auto multiply_keys = [&](float (&rD)[kBlockM / 8][4], const KeyTile& keys,
-                                 const QueryTile& queries) {
-    const ptx::MatrixDescriptor a = ptx::MatrixDescriptor(&keys, 0) + consumer * (4 * ptx::kRows16);
-    const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&queries, 0);
-    ptx::wgmma_pin(rD);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kHeadDim / 16; ++k) {
-      ptx::wgmma<Element, false, false>(
-          rD, a + k / 4 * (KeyTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16,
-          b + k / 4 * (QueryTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16, k > 0);
-    }
+  // S^T and dP^T of this warpgroup's 64 keys. NOTE: with terms in dP as well ptxas finds no
+  // registers (C7512).
+  const auto own_keys = [&](const KeyTile& keys) {
+    return ptx::MatrixDescriptor(&keys, 0) + consumer * (4 * ptx::kRows16);
+  };
+  const auto multiply_keys_queries = [&](float (&rS)[kBlockM / 8][4], int stage) {
+    add_terms<Element>(rS, smem.terms[stage], smem.weights);
+    multiply_keys<Element, KeyTile, true>(rS, own_keys(smem.k), smem.q[stage]);
+    ptx::wgmma_commit();
+  };
+  const auto multiply_values_gradients = [&](float (&rDP)[kBlockM / 8][4], int stage) {
+    multiply_keys<Element, KeyTile, false>(rDP, own_keys(smem.v), smem.dout[stage]);
+    ptx::wgmma_commit();
   };
 
   Ring<Traits::kStages> ring;
   Ring<2> ds_ring;
   uint32_t key_phase = 0;
-  if (consumer == 1) ptx::named_barrier_arrive(static_cast<int>(SupplierBarrier::kTurn), 256);
   for (int t = 0;; ++t) {
     ptx::mbarrier_wait(smem.place_full[t % 2], t / 2 & 1);
     const KeyTilePlace& place = smem.places[t % 2];
@@ -132,26 +134,22 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
           mask_scores(rS, s, BlockMask(a.p.mask, place.batch, step.head), s.first_row + warp_row,
                       step.row);
         }
-        exponentiate<Element>(rS, rP, smem.lse[ring.stage], scale_log2);
+        exponentiate<Element>(rS, rP, scale_log2);
       };
       ptx::mbarrier_wait(smem.k_full, key_phase);
       ptx::mbarrier_wait(smem.q_full[ring.stage], ring.phase);
       ptx::wgmma_pin(rDK);
       ptx::wgmma_pin(rDV);
-      multiply_keys(rS, smem.k, smem.q[ring.stage]);
-      ptx::wgmma_commit();
+      multiply_keys_queries(rS, ring.stage);
       ptx::mbarrier_wait(smem.v_full, key_phase);
 
       while (true) {
         // In flight: S.
         const int stage = ring.stage;
         ptx::wgmma_wait<0>();
-        ptx::named_barrier_sync(static_cast<int>(SupplierBarrier::kTurn) + consumer, 256);
         make_probabilities();
-        ptx::named_barrier_arrive(static_cast<int>(SupplierBarrier::kTurn) + 1 - consumer, 256);
         ptx::mbarrier_wait(smem.dout_full[ring.stage], ring.phase);
-        multiply_keys(rDP, smem.v, smem.dout[ring.stage]);
-        ptx::wgmma_commit();
+        multiply_values_gradients(rDP, ring.stage);
         accumulate<Element>(rDV, rP, smem.dout[stage]);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
@@ -167,14 +165,13 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
           ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
         }
         const bool is_last = smem.steps[stage].is_last;
+        // dK, issued before the fence that waits for the stores, and the next step's S behind it.
+        accumulate<Element>(rDK, rDS, smem.q[stage]);
+        ptx::wgmma_commit();
         ptx::fence_async_shared();
         __syncwarp();  // All lanes' elements are written and fenced.
         release(smem.ds_full[ds_ring.stage]);
         ds_ring.advance();
-
-        // dK, and the next step's S and dP behind it.
-        accumulate<Element>(rDK, rDS, smem.q[stage]);
-        ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDV);
         release(smem.dout_empty[stage]);
@@ -187,8 +184,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
           break;
         }
         ptx::mbarrier_wait(smem.q_full[ring.stage], ring.phase);
-        multiply_keys(rS, smem.k, smem.q[ring.stage]);
-        ptx::wgmma_commit();
+        multiply_keys_queries(rS, ring.stage);
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDK);
         release(smem.q_empty[stage]);
@@ -234,7 +230,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // NOTE: the shuffle tells the compiler that a warp is of one mind.
   const int warpgroup = __shfl_sync(device::kWarp, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) initialise_supplier_barriers<Traits>(smem);
-  __syncthreads();  // The barriers exist.
+  fill_weights<typename Traits::Element>(smem.weights, 0);
+  for (auto& terms : smem.terms) zero_other_rows<Traits::kTermRows>(terms);
+  ptx::fence_async_shared();
+  __syncthreads();  // The barriers exist, the constants are written.
   if (warpgroup == 0) {
     ptx::give_registers<Traits::kSupplierRegisters>();
     supply<Traits>(a, smem);

@@ -2,13 +2,13 @@
 #pragma once
 
 #include "attention/cuda/sm90/backward_common.cuh"
+#include "attention/cuda/sm90/backward_terms.cuh"
 #include "ptx/sm90.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace jax_flash::attention::sm90 {
 
-// kOwn, kTurn + consumer
-enum class SupplierBarrier { kConsumers = 1, kSupplier = 2, kOwn = 3, kTurn = 5 };
+enum class SupplierBarrier { kConsumers = 1, kSupplier = 2, kOwn = 3 };  // kOwn + consumer
 
 // Takes places, brings operands and makes dQ = dS K, in blocks of 64 queries x 64 dims, which bulk
 // copies add to the sums.
@@ -81,8 +81,10 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
       const bool is_whole = rows >= kBlockM;
       if (is_leader) {
         const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
-        const float* stats = reinterpret_cast<float*>(a.plan.stats) + int64_t{sum} * (2 * kBlockM);
-        constexpr uint32_t kBytes = sizeof(QueryTile) + kBlockM * sizeof(float);
+        const char* stats = reinterpret_cast<char*>(a.plan.stats) + int64_t{sum} * (16 * kBlockM);
+        constexpr uint32_t kTermBytes = 2 * Traits::kTermRows * kBlockM;
+        constexpr uint32_t kQBytes = sizeof(QueryTile) + kTermBytes;
+        constexpr uint32_t kDoutBytes = sizeof(QueryTile) + kBlockM * sizeof(float);
         ptx::Mbarrier& q_full = is_whole ? smem.q_full[stage] : smem.ragged;
         ptx::Mbarrier& dout_full = is_whole ? smem.dout_full[stage] : smem.ragged;
         ptx::mbarrier_wait(smem.q_empty[stage], ring.phase ^ 1);
@@ -91,15 +93,15 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
         step.row = row;
         step.is_full = place.range.is_full(query_tile);
         step.is_last = loaded + 1 == steps;
-        ptx::mbarrier_arrive_expect(q_full, is_whole ? kBytes : 2 * kBytes);
+        ptx::mbarrier_arrive_expect(q_full, is_whole ? kQBytes : kQBytes + kDoutBytes);
         load_tile(smem.q[stage], a.q, place.batch, head, s.query_start + row, q_full,
                   ptx::L2Hint::kEvictLast);
-        ptx::bulk_load(smem.lse[stage], stats, kBlockM * sizeof(float), q_full);
+        load_terms<Traits::kTermRows>(smem.terms[stage], stats, q_full);
         ptx::mbarrier_wait(smem.dout_empty[stage], ring.phase ^ 1);
-        if (is_whole) ptx::mbarrier_arrive_expect(dout_full, kBytes);
+        if (is_whole) ptx::mbarrier_arrive_expect(dout_full, kDoutBytes);
         load_tile(smem.dout[stage], a.dout, place.batch, head, s.query_start + row, dout_full,
                   ptx::L2Hint::kEvictLast);
-        ptx::bulk_load(smem.delta[stage], stats + kBlockM, kBlockM * sizeof(float), dout_full);
+        ptx::bulk_load(smem.delta[stage], stats + kTermBytes, kBlockM * sizeof(float), dout_full);
       }
       if (!is_whole) {
         ptx::mbarrier_wait(smem.ragged, ragged_phase);

@@ -65,6 +65,7 @@ struct RowSoftmax {
     reference[0] = reference[1] = kGuess;
     const Corner corner;
     diagonal_exponentials<true>(rS, corner, num_full, scale_log2);
+    if (num_full < 0) reset();  // nothing was seen: the next tile must look for its maximum
     // Of a row of the corner block, a lane may see nothing.
     const bool sees[2] = {num_full > 0 || (num_full == 0 && corner.sees_first()), num_full >= 0};
     return __all_sync(device::kWarp, is_good_first(0, sees[0]) && is_good_first(1, sees[1]));
