@@ -51,7 +51,7 @@ __global__ void named_barrier_kernel(int rounds, int32_t* order) {
   if (group == kGroups - 1) ptx::named_barrier_arrive(1, 256);  // the first turn is warpgroup 0's
   for (int round = 0; round < rounds; ++round) {
     ptx::named_barrier_sync(1 + group, 256);
-    if (threadIdx.x % 128 == 0) {
+    if (threadIdx.x % 128 < 32 && ptx::elect_one()) {
       order[turns] = group;
       turns = turns + 1;
     }

@@ -43,7 +43,7 @@ class ForwardConsumer {
           !Traits::kFlattened && a_.ends_alone && !step.is_end() && step.is_last();
       if (!ends_alone) {
         wait_key();
-        if (step.is_before_plain()) {
+        if (step.is_before_plain(Traits::kPlainAlone ? warpgroup_ : 0)) {
           step = overlap<true>(step, Step::end());
           continue;
         }
@@ -66,7 +66,7 @@ class ForwardConsumer {
       }
     }
     // Shared memory must live until O has been read.
-    if (Traits::kHasRoom && lane() == 0) ptx::bulk_wait<0, true>();
+    if (Traits::kCopiesOutput && lane() == 0) ptx::bulk_wait<0, true>();
   }
 
  private:
@@ -75,9 +75,7 @@ class ForwardConsumer {
   using Value = Place<Traits::kValueStages>;
 
   // Does this warpgroup see anything of the tile?
-  __device__ bool sees(Step next) const {
-    return next.is_full() || next.view(warpgroup_) != View::kNothing;
-  }
+  __device__ bool sees(Step next) const { return next.view(warpgroup_) != View::kNothing; }
   __device__ const Job& job_of(uint32_t job) const { return smem_.job[job % Traits::kJobs]; }
   // This lane, and its warp's first row in the tile. NOTE: opaque, so that what rare branches make
   // of them is not computed ahead of the loop, and then spilled.
@@ -103,7 +101,8 @@ class ForwardConsumer {
     const RowSoftmax<Element> finished = softmax_;
     const uint32_t job = job_;
     if (!kIsPlain) begin(next);
-    const bool is_good = to_probabilities < kIsPlain, !kIsPlain && Traits::kFlattened > (next);
+    constexpr bool kBeginsJobs = !kIsPlain && Traits::kFlattened;
+    const bool is_good = to_probabilities<kIsPlain, kBeginsJobs>(next);
     if (kIsPlain || is_good) release_operands(next);
     ptx::wgmma_wait<0>();  // O
     ptx::wgmma_pin(rO_);
@@ -243,7 +242,8 @@ class ForwardConsumer {
   __device__ __forceinline__ bool to_probabilities(Step next) {
     float alpha[2];
     if (!kIsPlain) {
-      if (kBeginsJobs && Traits::kGuesses && next.is_first() && has_simple_mask(next)) {
+      if (kBeginsJobs && Traits::kGuesses && next.is_first() &&
+          next.view(warpgroup_) >= View::kEdge) {
         return guess_probabilities(next);
       }
       const bool moved = to_unusual_probabilities(next, alpha);
@@ -265,24 +265,30 @@ class ForwardConsumer {
     return true;
   }
 
-  // Is the tile full, or does it end on a diagonal of blocks?
-  __device__ __forceinline__ bool has_simple_mask(Step next) const {
-    return next.is_full() || (Traits::kHasRoom && next.view(warpgroup_) == View::kDiagonal);
-  }
-  // How many of the tile's blocks of 16 columns, of which it has a simple mask, count whole.
+  // How many of the tile's blocks of 16 columns, where it ends on a diagonal of them, count whole.
   __device__ __forceinline__ int full_blocks(Step next) const {
-    if (next.is_full()) return Traits::kBlockN / 16;
     const Job& job = job_of(job_);
     return device::uniform(
         (job.s.first_row + first_row() + job.s.right - next.tile() * Traits::kBlockN) >> 4);
   }
+  // The last column of the tile that counts for this lane's upper row, as far as the mask's right
+  // edge and as far as keys go.
+  __device__ __forceinline__ void edges(Step next, int& diagonal, int& last) const {
+    const Job& job = job_of(job_);
+    const int col = next.tile() * Traits::kBlockN;
+    diagonal = job.s.first_row + first_row() + lane() / 4 + job.s.right - col;
+    last = job.s.key_length - 1 - col;
+  }
 
   // S -> P of the first tile of a job by a guess; true if it was good.
   __device__ __forceinline__ bool guess_probabilities(Step next) {
+    if (next.view(warpgroup_) == View::kAll) return softmax_.try_first(rS_[0], a_.scale_log2);
     if constexpr (Traits::kHasRoom) {
       return softmax_.try_first_diagonal(rS_[0], full_blocks(next), a_.scale_log2);
     } else {
-      return softmax_.try_first(rS_[0], a_.scale_log2);
+      int diagonal, last;
+      edges(next, diagonal, last);
+      return softmax_.try_first_edge(rS_[0], diagonal, last, lane() % 4 * 2, a_.scale_log2);
     }
   }
   // S and P of the first tile of a job once more, by its maximum. Rare.
@@ -300,11 +306,11 @@ class ForwardConsumer {
   // S -> P of the first tile of a job, or of one that needs a mask; did a reference move?
   __device__ __forceinline__ bool to_unusual_probabilities(Step next, float (&alpha)[2]) {
     if constexpr (Traits::kHasRoom) {
-      if (has_simple_mask(next)) {
+      if (next.view(warpgroup_) == View::kEdge) {
         return softmax_.update_diagonal(rS_[0], full_blocks(next), a_.scale_log2, alpha);
       }
     }
-    if (!next.is_full()) {
+    if (next.view(warpgroup_) != View::kAll) {
       const Job& job = job_of(job_);
       mask_scores(rS_, job.s, job.blocks, job.s.first_row + first_row(),
                   next.tile() * Traits::kBlockN);
@@ -385,28 +391,34 @@ class ForwardConsumer {
     softmax.finish();
     ForwardOutput<Traits> output(a_, job, first_row, softmax, rO_);
     // The copy engine knows where the array ends, but not a sequence in it.
-    if (Traits::kHasRoom &&
+    if (Traits::kCopiesOutput &&
         device::uniform(!a_.p.mask.varlen || first_row + 16 <= job.s.query_rows)) {
       output.copy(smem_.output[4 * warpgroup_ + this->first_row() % 64 / 16]);
+    } else if (Traits::kWritesLines) {
+      output.write_lines(smem_.output[4 * warpgroup_ + this->first_row() % 64 / 16]);
     } else {
       output.write();
     }
     release(smem_.job_empty[job_idx % Traits::kJobs]);
   }
 
-  // One arrival a warp, once all of its lanes are through.
+  // One arrival a warp, once all of its lanes are through. NOTE: where registers are few, lane 0 is
+  // asked of the warp, since the thread's number would be read again in every step, 80 clocks each.
   __device__ __forceinline__ void release(ptx::Mbarrier& barrier) {
     __syncwarp();
-    if (lane() == 0) ptx::mbarrier_arrive(barrier);
+    if (Traits::kWarpgroups > 2 ? ptx::elect_one() : lane() == 0) ptx::mbarrier_arrive(barrier);
   }
   __device__ __forceinline__ void release_value() {
     release(smem_.v_empty[Value(steps_ - 1).stage]);
   }
   // The warpgroups issue their products in turn, so that one's softmax runs under another's
-  // products.
-  __device__ __forceinline__ void take_turn() { ptx::named_barrier_sync(1 + warpgroup_, 256); }
+  // products. Two teams are out of step anyway: turns cost 6% there (H200, head dim 64, causal).
+  static constexpr bool kTakesTurns = Traits::kTeams == 1;
+  __device__ __forceinline__ void take_turn() {
+    if (kTakesTurns) ptx::named_barrier_sync(1 + warpgroup_, 256);
+  }
   __device__ __forceinline__ void give_turn() {
-    ptx::named_barrier_arrive(1 + (warpgroup_ + 1) % Traits::kConsumers, 256);
+    if (kTakesTurns) ptx::named_barrier_arrive(1 + (warpgroup_ + 1) % Traits::kConsumers, 256);
   }
 
   typename Traits::Smem& smem_;
@@ -426,9 +438,10 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardArguments a) {
   extern __shared__ __align__(1024) char smem_bytes[];
-  auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
+  auto* teams = reinterpret_cast<typename Traits::Smem*>(smem_bytes);
   constexpr int kWarps = 4 * Traits::kConsumers;  // that release what they have used
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < Traits::kTeams) {
+    auto& smem = teams[threadIdx.x];
     for (int i = 0; i < Traits::kJobs; ++i) {
       ptx::mbarrier_init(smem.job_full[i], 1);
       ptx::mbarrier_init(smem.job_empty[i], kWarps);
@@ -449,16 +462,23 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::fence_barrier_init();
   }
   __syncthreads();  // the barriers are there
+  // The next launch may begin where this one is done. NOTE: it finds its first jobs, but the
+  // scheduler and the loader touch no array until this grid has ended and its writes can be seen;
+  // the consumers work on what the loader then brings.
+  ptx::launch_dependents();
 
   // NOTE: the compiler must know that the role is the same for a whole warp.
   const int warp = __shfl_sync(device::kWarp, threadIdx.x / 32, 0);
   if (warp < 4) {
     ptx::give_registers<Traits::kProducerRegisters>();
-    if (warp == 0) ForwardLoader<Traits>(smem, a).run();
-    if (warp == 1) schedule_jobs<Traits>(smem, a);
+    const int team = Traits::kTeams == 1 ? 0 : warp / 2;
+    if (warp - 2 * team == 0) ForwardLoader<Traits>(teams[team], a).run();
+    if (warp - 2 * team == 1) schedule_jobs<Traits>(teams[team], a, team);
   } else {
     ptx::take_registers<Traits::kConsumerRegisters>();
-    ForwardConsumer<Traits>(smem, a, warp / 4 - 1).run();
+    const int consumer = warp / 4 - 1;
+    const int team = Traits::kTeams == 1 ? 0 : consumer / Traits::kConsumers;
+    ForwardConsumer<Traits>(teams[team], a, consumer - team * Traits::kConsumers).run();
   }
 }
 

@@ -62,17 +62,27 @@ __device__ bool describe_job(const ForwardArguments& a, uint32_t tile, typename 
   return true;
 }
 
+// Does a job's description depend on what is in memory?
+__device__ inline bool is_in_memory(const MaskParams& mask) {
+  return mask.query_lengths.data != nullptr || mask.key_lengths.data != nullptr ||
+         mask.causal_offset.data != nullptr || mask.block_mask.data != nullptr;
+}
+
 // One warp.
 template <typename Traits>
-__device__ void schedule_jobs(typename Traits::Smem& smem, const ForwardArguments& a) {
+__device__ void schedule_jobs(typename Traits::Smem& smem, const ForwardArguments& a, int team) {
   const bool is_leader = threadIdx.x % 32 == 0;
+  // The first job is found while the kernel before this one still runs (forward_kernel).
+  const uint32_t first_to_wait = is_in_memory(a.p.mask) ? 0 : 1;
   uint32_t jobs = 0;
   for (uint32_t round = 0;; ++round) {
+    if (round == first_to_wait) ptx::wait_for_prior_grid();
     if (jobs >= a.lead) {
       const Place<Traits::kJobs> before(jobs - a.lead);
       ptx::mbarrier_wait(smem.job_empty[before.stage], before.parity);
     }
-    const uint32_t tile = next_tile(a.counter, round, a.num_tiles);
+    const uint32_t tile = next_tile(a.counter, round, a.num_tiles, blockIdx.x + team * gridDim.x,
+                                    Traits::kTeams * gridDim.x);
     const bool is_end = tile >= a.num_tiles;
     const Place<Traits::kJobs> place(jobs);
     auto& job = smem.job[place.stage];
@@ -80,6 +90,7 @@ __device__ void schedule_jobs(typename Traits::Smem& smem, const ForwardArgument
       if (!describe_job<Traits>(a, tile, job)) continue;
       const typename Traits::Walk walk(job.range, job.blocks, job.s, smem.window[0]);
       if (walk.first().is_end()) {
+        ptx::wait_for_prior_grid();  // that may still read these rows
         write_empty_rows<Traits>(a.p, job);
         __syncwarp();  // nobody reads the job any more when the leader writes the next one
         continue;
@@ -93,17 +104,22 @@ __device__ void schedule_jobs(typename Traits::Smem& smem, const ForwardArgument
   }
 }
 
-// What each warpgroup sees of the keys [col, col + kBlockN), for a Step. One warp, a lane for each
-// warpgroup.
-template <int kBlockN>
-__device__ uint32_t views_of(const Sequence& s, const BlockMask& blocks, int col) {
+// What this lane's warpgroup (lane % 4) sees of the keys [col, col + kBlockN). One warp.
+template <typename Traits>
+__device__ View view_of(const Sequence& s, const BlockMask& blocks, int col) {
+  constexpr int kCols = Traits::kBlockN;
   const int row = s.first_row + static_cast<int>(threadIdx.x % 4) * 64;
-  const bool is_seen = sees_anything<64, kBlockN>(s, blocks, row, col);
-  const bool is_diagonal = blocks.data == nullptr && col + kBlockN <= s.key_length &&
-                           row + 63 + s.left <= col && (row + s.right - col) % 16 == 0;
-  const View view = !is_seen ? View::kNothing : is_diagonal ? View::kDiagonal : View::kAny;
-  const uint32_t shifted = static_cast<uint32_t>(view) << threadIdx.x % 4 * 2;
-  return __reduce_or_sync(device::kWarp, shifted);
+  if (!sees_anything<64, kCols>(s, blocks, row, col)) return View::kNothing;
+  if (blocks.data != nullptr || row + 63 + s.left > col) return View::kAny;
+  const bool is_inside = col + kCols <= s.key_length;
+  if (is_inside && row + s.right >= col + kCols - 1) return View::kAll;
+  if (!Traits::kHasRoom) return View::kEdge;
+  return is_inside && (row + s.right - col) % 16 == 0 ? View::kEdge : View::kAny;
+}
+
+// For a Step, from each lane's view. One warp.
+__device__ inline uint32_t views_of(View view) {
+  return __reduce_or_sync(device::kWarp, static_cast<uint32_t>(view) << threadIdx.x % 4 * 2);
 }
 
 // The copies of Q, K and V. K runs one step ahead of V, as the consumers do.
@@ -116,10 +132,11 @@ class ForwardLoader {
   // One warp.
   __device__ void run() {
     for (uint32_t jobs = 0;; ++jobs) {
-      const Place<Traits::kJobs> place(jobs);
-      ptx::mbarrier_wait(smem_.job_full[place.stage], place.parity);
-      const auto& job = smem_.job[place.stage];
+      const Place<Traits::kJobs> place_of_job(jobs);
+      ptx::mbarrier_wait(smem_.job_full[place_of_job.stage], place_of_job.parity);
+      const auto& job = smem_.job[place_of_job.stage];
       if (job.is_end) break;
+      if (jobs == 0) ptx::wait_for_prior_grid();
       // The consumers give a Q from shared memory back only when they wait for this V.
       if (!Traits::kFlattened) load_value();
       const Place<Traits::kQueryStages> query(jobs);
@@ -133,11 +150,8 @@ class ForwardLoader {
         ptx::mbarrier_wait(smem_.k_empty[place.stage], place.parity ^ 1);
         load_key(job, step, is_first, next, place.stage);
         load_value();
-        const int col = step.tile() * Traits::kBlockN;
-        value_row_ = job.s.key_start + col;
-        value_head_ = job.kv_head;
-        value_batch_ = job.value_batch;
-        value_valid_ = job.s.key_length - col;
+        value_job_ = place_of_job.stage;
+        value_col_ = step.tile() * Traits::kBlockN;
         step = next;
         is_first = false;
       }
@@ -181,10 +195,15 @@ class ForwardLoader {
                       ptx::L2Hint::kEvictLast);
       }
     }
-    uint32_t views = 0;  // found while the copy runs
-    if (!step.is_full()) views = views_of<Traits::kBlockN>(job.s, job.blocks, col);
+    // What the warpgroups see is found while the copy runs; of full tiles nothing is asked.
+    uint32_t views = 0, plain_next = !next.is_end() && next.is_full() ? 15 : 0;
+    if (!step.is_full()) views = views_of(view_of<Traits>(job.s, job.blocks, col));
+    if (Traits::kPlainAlone && !next.is_end() && !next.is_full()) {
+      const View view = view_of<Traits>(job.s, job.blocks, next.tile() * Traits::kBlockN);
+      plain_next = __ballot_sync(device::kWarp, view == View::kAll) & 15;
+    }
     if (is_leader_) {
-      smem_.step[stage] = Step(step, is_first, next, views).code();
+      smem_.step[stage] = Step(step, is_first, next, views, plain_next).code();
       ptx::mbarrier_arrive_expect(full, sizeof(Tile));
     }
   }
@@ -192,20 +211,22 @@ class ForwardLoader {
   // The V of the last step whose V has not come yet, if any.
   __device__ void load_value() {
     using Tile = typename Traits::ValueTile;
-    if (value_row_ < 0) return;
+    if (value_job_ < 0) return;
+    const auto& job = smem_.job[value_job_];  // not given back before its last V is used
+    const int value_row = job.s.key_start + value_col_, valid = job.s.key_length - value_col_;
     const Value place(values_++);
     ptx::mbarrier_wait(smem_.v_empty[place.stage], place.parity ^ 1);
     Tile& tile = smem_.value[place.stage];
     // Rows past the keys that take part, but inside the array, may hold anything, NaN too: 0 times
     // that is no zero.
-    const bool is_ragged = value_valid_ < Traits::kBlockN && value_row_ + value_valid_ < a_.p.seq_k;
+    const bool is_ragged = valid < Traits::kBlockN && value_row + valid < a_.p.seq_k;
     ptx::Mbarrier& full = is_ragged ? smem_.ragged : smem_.v_full[place.stage];
     if (is_leader_) {
       ptx::mbarrier_arrive_expect(full, sizeof(Tile));
 #pragma unroll
       for (int slab = 0; slab < Tile::kSlabs; ++slab) {
         ptx::tma_load(reinterpret_cast<char*>(&tile) + slab * Tile::kSlabBytes, a_.v.map, full,
-                      64 * slab, value_row_, value_head_, value_batch_, ptx::L2Hint::kEvictLast);
+                      64 * slab, value_row, job.kv_head, job.value_batch, ptx::L2Hint::kEvictLast);
       }
     }
     if (is_ragged) {
@@ -213,7 +234,7 @@ class ForwardLoader {
       ragged_parity_ ^= 1;
       for (int slab = 0; slab < Tile::kSlabs; ++slab) {
         char* bytes = reinterpret_cast<char*>(&tile) + slab * Tile::kSlabBytes;
-        for (int i = value_valid_ * 128 + threadIdx.x % 32 * 16; i < Tile::kSlabBytes; i += 512) {
+        for (int i = valid * 128 + threadIdx.x % 32 * 16; i < Tile::kSlabBytes; i += 512) {
           *reinterpret_cast<uint4*>(bytes + i) = {};
         }
       }
@@ -221,15 +242,14 @@ class ForwardLoader {
       __syncwarp();               // of all lanes
       if (is_leader_) ptx::mbarrier_arrive(smem_.v_full[place.stage]);
     }
-    value_row_ = -1;
+    value_job_ = -1;
   }
 
   typename Traits::Smem& smem_;
   const ForwardArguments& a_;
   const bool is_leader_;
-  uint32_t keys_ = 0, values_ = 0;  // loaded so far
-  int value_row_ = -1, value_head_ = 0, value_batch_ = 0;
-  int value_valid_ = 0;  // rows of it that take part
+  uint32_t keys_ = 0, values_ = 0;      // loaded so far
+  int value_job_ = -1, value_col_ = 0;  // whose V has not come yet, if any
   uint32_t ragged_parity_ = 0;
 };
 

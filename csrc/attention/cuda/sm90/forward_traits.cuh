@@ -15,44 +15,47 @@ namespace jax_flash::attention::sm90 {
 // What a warpgroup of 64 queries sees of a tile of keys that is not full for all of them.
 enum class View : uint32_t {
   kNothing,
-  kAny,       // anything: look at every element
-  kDiagonal,  // each 16 rows see some blocks of 16 columns whole, of the next one a triangle
+  kAny,   // anything: look at every element
+  kEdge,  // each row from the first column up to some column. Where there is room for it
+          // (ForwardTraits::kHasRoom): each 16 rows some blocks of 16 columns and a triangle
+  kAll,
 };
 
 // A tile of keys on its way from the loader to the consumers, in one word.
 class Step {
  public:
-  static constexpr int64_t kMaxTiles = (1 << 20) - 1;
+  static constexpr int64_t kMaxTiles = (1 << 17) - 1;
 
   __device__ explicit Step(uint32_t code) : code_(code) {}
-  // `views`: a View for each warpgroup, two bits each.
-  __device__ Step(TileStep step, bool is_first, TileStep next, uint32_t views)
-      : code_(static_cast<uint32_t>(step.tile()) << 12 | views << 4 |
-              (!next.is_end() && next.is_full() ? 8 : 0) | (is_first ? 4 : 0) |
-              (next.is_end() ? 2 : 0) | (step.is_full() ? 1 : 0)) {}
+  // `views`: a View for each warpgroup, two bits each. `plain_next`: for each, one bit, whether the
+  // next step is of the same job and shows it everything.
+  __device__ Step(TileStep step, bool is_first, TileStep next, uint32_t views, uint32_t plain_next)
+      : code_(static_cast<uint32_t>(step.tile()) << 15 | views << 7 | plain_next << 3 |
+              (is_first ? 4 : 0) | (next.is_end() ? 2 : 0) | (step.is_full() ? 1 : 0)) {}
   __device__ static Step end() { return Step(kEnd); }
   __device__ bool is_end() const { return code_ == kEnd; }
-  __device__ int tile() const { return static_cast<int>(code_ >> 12); }
+  __device__ int tile() const { return static_cast<int>(code_ >> 15); }
   __device__ bool is_first() const { return (code_ & 4) != 0; }  // of its job
   __device__ bool is_last() const { return (code_ & 2) != 0; }
-  __device__ bool is_full() const { return (code_ & 1) != 0; }  // needs no element mask
-  // Is the next step full and of the same job?
-  __device__ bool is_before_plain() const { return (code_ & 8) != 0; }
-  // Of a tile that is not full.
+  __device__ bool is_full() const { return (code_ & 1) != 0; }  // for all warpgroups
+  // Is the next step of the same job, and does it show the warpgroup everything?
+  __device__ bool is_before_plain(int warpgroup) const {
+    return (code_ >> (3 + warpgroup) & 1) != 0;
+  }
   __device__ View view(int warpgroup) const {
-    return static_cast<View>(code_ >> (4 + 2 * warpgroup) & 3);
+    return is_full() ? View::kAll : static_cast<View>(code_ >> (7 + 2 * warpgroup) & 3);
   }
   __device__ uint32_t code() const { return code_; }
 
  private:
-  static constexpr uint32_t kEnd = ~0u << 4;  // a tile that does not exist, and no flag
+  static constexpr uint32_t kEnd = ~0u << 15;  // a tile that does not exist, and no flag
 
   uint32_t code_;
 };
 
 // What the instance files choose.
 template <int kHeadDim_, int kValueDim_, int kConsumers_, int kBlockN_, int kKeyStages_,
-          int kValueStages_, bool kQueryInRegisters_, int kQueryStages_>
+          int kValueStages_, bool kQueryInRegisters_, int kQueryStages_, int kTeams_ = 1>
 struct ForwardTiles {
   static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
   static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 queries
@@ -60,6 +63,8 @@ struct ForwardTiles {
   static constexpr int kKeyStages = kKeyStages_, kValueStages = kValueStages_;
   static constexpr bool kQueryInRegisters = kQueryInRegisters_;
   static constexpr int kQueryStages = kQueryStages_;  // Q in shared memory
+  // Sets of so many consumers in a CTA, each with jobs, rings and a loader of its own.
+  static constexpr int kTeams = kTeams_;
 };
 
 template <typename Element_, typename Tiles, bool kHasDropout_>
@@ -67,30 +72,38 @@ struct ForwardTraits : Tiles {
   using Element = Element_;
   static constexpr bool kHasDropout = kHasDropout_;
   static constexpr int kBlockM = 64 * Tiles::kConsumers;
-  static constexpr int kThreads = 128 * (Tiles::kConsumers + 1);
+  static constexpr int kWarpgroups = Tiles::kConsumers * Tiles::kTeams;  // that consume
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // The first S of a job may run under the last P V of the one before where two Q are there at a
   // time: one in registers and one in shared memory, or two in shared memory.
   static constexpr bool kFlattened = Tiles::kQueryInRegisters || Tiles::kQueryStages > 1;
   // Registers. The pool is what the threads have at launch: 65536 / kThreads each, rounded down to
   // a multiple of 8.
-  static constexpr int kProducerRegisters = Tiles::kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = Tiles::kConsumers == 2   ? 232
-                                            : Tiles::kConsumers == 3 ? 160
-                                                                     : 112;
-  static_assert(2 <= Tiles::kConsumers && Tiles::kConsumers <= 4);
-  static constexpr int kJobs = 4;  // at most that a CTA has taken and not finished
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
+  static_assert(2 <= kWarpgroups && kWarpgroups <= 4);
+  static_assert(Tiles::kTeams <= 2);  // a loader and a scheduler each, of four warps
+  static constexpr int kJobs = 4;     // at most that a CTA has taken and not finished
 
   static constexpr int kKeptWords = (Tiles::kBlockN + 63) / 64;
   static constexpr int kFragmentsN = Tiles::kBlockN / 8, kFragmentsV = Tiles::kValueDim / 8;
   using QueryTile = device::SharedTile<kBlockM, (Tiles::kHeadDim + 63) / 64 * 64>;
   using KeyTile = device::SharedTile<Tiles::kBlockN, (Tiles::kHeadDim + 63) / 64 * 64>;
   using ValueTile = device::SharedTile<Tiles::kBlockN, (Tiles::kValueDim + 63) / 64 * 64>;
-  // Are there registers to spare for the faster ways through the diagonal and out?
-  static constexpr bool kHasRoom = Tiles::kConsumers == 2 && Tiles::kHeadDim <= 128 && !kHasDropout;
+  // Are there registers to spare for the faster way through the diagonal?
+  static constexpr bool kHasRoom = kWarpgroups == 2 && !kHasDropout;
+  // May a warpgroup take a tile as plain that is not full for the others? Under turns they wait for
+  // each other anyway.
+  static constexpr bool kPlainAlone = Tiles::kTeams > 1;
   // bf16 begins a job with a guess (RowSoftmax::try_first).
   static constexpr bool kGuesses = std::is_same_v<Element, __nv_bfloat16> && !kHasDropout;
+  // How O leaves (forward_output.cuh): by the copy engine, as lines of 128 bytes, or straight from
+  // the accumulators. With the last, ptxas keeps no descriptor in uniform registers at head dim 256
+  // (286 instructions a step for 248); with the others it spills where registers are few.
+  static constexpr bool kCopiesOutput = kHasRoom && Tiles::kHeadDim <= 128;
+  static constexpr bool kWritesLines = Tiles::kHeadDim > 128;
   // O on its way out: 16 rows of a warp.
-  using OutputTile = device::SharedTile<16, (Tiles::kValueDim + 63) / 64 * 64>;
+  using OutputTile = device::SharedTile<16, kWritesLines ? 64 : (Tiles::kValueDim + 63) / 64 * 64>;
   using Walk = TileWalk<kBlockM, Tiles::kBlockN, Axis::kQuery, -1>;
 
   // A tile of queries of one head. In shared memory, because the main loop rarely looks at it.
@@ -105,11 +118,11 @@ struct ForwardTraits : Tiles {
     int query_batch, key_batch, value_batch, out_batch;  // coordinates of the tensor maps
     bool is_end;                                         // no job: the last message
   };
-  struct Smem {
+  struct Smem {  // of a team
     QueryTile query[Tiles::kQueryStages];
     KeyTile key[Tiles::kKeyStages];
     ValueTile value[Tiles::kValueStages];
-    OutputTile output[kHasRoom ? 4 * Tiles::kConsumers : 1];  // one a warp
+    OutputTile output[kCopiesOutput || kWritesLines ? 4 * Tiles::kConsumers : 1];  // one a warp
     Job job[kJobs];
     typename Walk::Window window[2];   // of the scheduler, of the loader
     uint32_t step[Tiles::kKeyStages];  // Step::code of what key[] holds
@@ -119,7 +132,7 @@ struct ForwardTraits : Tiles {
     ptx::Mbarrier v_full[Tiles::kValueStages], v_empty[Tiles::kValueStages];
     ptx::Mbarrier ragged;  // a V whose last rows the loader still has to clear
   };
-  static_assert(sizeof(Smem) <= 227 * 1024);
+  static_assert(Tiles::kTeams * sizeof(Smem) <= 227 * 1024);
 };
 
 struct ForwardArguments {
@@ -127,7 +140,7 @@ struct ForwardArguments {
   Schedule schedule;
   uint32_t num_tiles;
   uint32_t lead;  // jobs that a CTA has taken and not finished, at most
-  int counter;    // of tile_counter.cuh; negative: CTA c takes tiles c, c + CTAs, c + 2 CTAs, ...
+  int counter;    // of tile_counter.cuh; negative: team t of n takes tiles t, t + n, t + 2 n, ...
   OperandMap q, k, v, o;
   float scale_log2;
   bool ends_alone;  // the last P V of a job does not wait for the first K of the next

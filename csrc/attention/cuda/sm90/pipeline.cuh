@@ -9,7 +9,6 @@ namespace jax_flash::attention::sm90 {
 // for on `full`; the producer waits for the other parity on `empty`.
 template <int kStages>
 struct Place {
-  static_assert((kStages & (kStages - 1)) == 0);
   int stage;
   uint32_t parity;
 

@@ -59,6 +59,30 @@ struct RowSoftmax {
     exponentials(rS, scale_log2, sum);
     return __all_sync(device::kWarp, is_good_first(0, true) && is_good_first(1, true));
   }
+  // Of a tile whose rows see the columns up to `diagonal` (and one more for each row below this
+  // lane's upper one), and up to `last`; the lane's columns are first_col, first_col + 1, + 8, ...
+  template <int kN>
+  __device__ __forceinline__ bool try_first_edge(float (&rS)[kN][4], int diagonal, int last,
+                                                 int first_col, float scale_log2) {
+    bool lane_sees[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int edge = min(diagonal + 8 * half, last);
+      // A row that sees nothing must look for its maximum in the next tile.
+      reference[half] = edge < 0 ? -FLT_MAX : kGuess;
+      lane_sees[half] = edge >= first_col;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (8 * n + e > edge - first_col) rS[n][2 * half + e] = -INFINITY;
+        }
+      }
+    }
+    exponentials(rS, scale_log2, sum);
+    return __all_sync(device::kWarp,
+                      is_good_first(0, lane_sees[0]) && is_good_first(1, lane_sees[1]));
+  }
   template <int kN>
   __device__ __forceinline__ bool try_first_diagonal(float (&rS)[kN][4], int num_full,
                                                      float scale_log2) {

@@ -33,15 +33,17 @@ inline int take_tile_counter(cudaStream_t stream) {
   return -1;
 }
 
-// The next tile for this CTA in its `round`-th question; tiles from num_tiles on do not exist. One
-// warp. A CTA asks until it gets one of those.
-static __device__ uint32_t next_tile(int counter, uint32_t round, uint32_t num_tiles) {
-  if (counter < 0) return round * gridDim.x + blockIdx.x;
+// The next tile for one of `takers` (CTAs, or teams of warps in them) in its `round`-th question;
+// tiles from num_tiles on do not exist. One warp. All takers ask until they get one of those.
+static __device__ uint32_t next_tile(int counter, uint32_t round, uint32_t num_tiles,
+                                     uint32_t taker, uint32_t takers) {
+  if (counter < 0 || round == 0) return round * takers + taker;
   uint32_t tile = 0;
   if (threadIdx.x % 32 == 0) {
-    tile = atomicAdd(&tile_counters[counter], 1);
-    // Every CTA asks once in vain: nobody asks after the last of them.
-    if (tile == num_tiles + gridDim.x - 1) tile_counters[counter] = 0;
+    const uint32_t taken = atomicAdd(&tile_counters[counter], 1);
+    tile = takers + taken;
+    // Whoever has had a tile asks once in vain: as many questions as tiles, and none after them.
+    if (taken == num_tiles - 1) tile_counters[counter] = 0;
   }
   return device::uniform(tile);
 }
