@@ -112,11 +112,16 @@ class Rows:
         return float(runs[max(runs)]["jax_matmul"]["tflops"]) if runs else None
 
     def ceiling_beside(self, workload: str, direction: str) -> float | None:
-        """Of the device, in the run of this workload: GB/s of a copy, or TFLOP/s of a product."""
+        """Of the device: GB/s of a copy, or TFLOP/s of a product; the highest of the day's runs.
+
+        What a run measures once, before all else, may meet the end of what ran before it.
+        """
         key = workload, direction
         name, column = (COPY_CEILING, "gbs") if self.gbs.get(key) else (CEILING, "tflops")
-        found = self._runs.get((name, "forward"), {}).get(self._run.get(key, ""), {})
-        return next(iter(_column(found, column).values()), None)
+        day = self._run.get(key, "").partition("T")[0]
+        runs = self._runs.get((name, "forward"), {})
+        found = [found for run, found in runs.items() if run.partition("T")[0] == day]
+        return max((rate for row in found for rate in _column(row, column).values()), default=None)
 
     def rate(self, workload: str, direction: str) -> dict[str, float]:
         """Provider -> GB/s, or TFLOP/s where arithmetic is what counts."""
