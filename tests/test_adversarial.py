@@ -172,6 +172,24 @@ def test_gradients(implementation, dtype, slope, dout_scale):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**-14])
+def test_tiny_scale(implementation, dtype, scale):
+    """Probabilities that are nearly equal; lse / scale is beyond float16 with the first."""
+    q, k, v = helpers.random(
+        7, dtype, (1, SEQ_Q, HEADS, 64), (1, SEQ_K, HEADS, 64), (1, SEQ_K, HEADS, 64)
+    )
+    options = dict(scale=scale)
+    helpers.check_call(
+        implementation,
+        functools.partial(helpers.attend_packed, "separate", implementation, options),
+        (q, k, v),
+        ok=np.ones((1, HEADS, SEQ_Q, SEQ_K), bool),
+        scale=scale,
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_nan_stays_in_its_row(implementation, dtype):
     """A NaN in one query makes that row NaN, and no other; the row beside it is not disturbed."""
     q, k, v = helpers.random(

@@ -27,7 +27,7 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   BackwardArguments a{p, make_backward_plan(p, kBlockM, kBlockN)};
   BackwardPlan& plan = a.plan;
   if ((p.deterministic && !Traits::kAddsInOrder) || p.mask.block_mask.data != nullptr ||
-      p.dropout.threshold > 0 || !(p.scale > 0.0f)) {
+      p.dropout.threshold > 0 || !(p.scale >= kMinTermScale<typename Traits::Element>)) {
     return kNotCovered;
   }
   const int64_t columns = plan.batches * p.kv_heads, key_tiles = columns * plan.key_slots;
