@@ -63,9 +63,11 @@ __device__ bool describe_job(const ForwardArguments& a, uint32_t tile, typename 
 }
 
 // Does a job's description depend on what is in memory?
-__device__ inline bool is_in_memory(const MaskParams& mask) {
-  return mask.query_lengths.data != nullptr || mask.key_lengths.data != nullptr ||
-         mask.causal_offset.data != nullptr || mask.block_mask.data != nullptr;
+template <typename Traits>
+__device__ bool is_in_memory(const MaskParams& mask) {
+  return Traits::kHasDropout || mask.query_lengths.data != nullptr ||
+         mask.key_lengths.data != nullptr || mask.causal_offset.data != nullptr ||
+         mask.block_mask.data != nullptr;
 }
 
 // One warp.
@@ -73,7 +75,7 @@ template <typename Traits>
 __device__ void schedule_jobs(typename Traits::Smem& smem, const ForwardArguments& a, int team) {
   const bool is_leader = threadIdx.x % 32 == 0;
   // The first job is found while the kernel before this one still runs (forward_kernel).
-  const uint32_t first_to_wait = is_in_memory(a.p.mask) ? 0 : 1;
+  const uint32_t first_to_wait = is_in_memory<Traits>(a.p.mask) ? 0 : 1;
   uint32_t jobs = 0;
   for (uint32_t round = 0;; ++round) {
     if (round == first_to_wait) ptx::wait_for_prior_grid();
