@@ -568,6 +568,19 @@ def test_sharded(case, packed):
         assert all(y.sharding.is_equivalent_to(placed[0].sharding, y.ndim) for y in got)
 
 
+def test_cut_rows_without_positions(one_device):
+    """Rows are gathered: a device whose rows are not the first would count them from 0."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:8]).reshape(2, 4), ("a", "b"))
+    x, table = normal(0, 4, 8, 4, 12), table_of(scale_base=16.0)
+    f = jax.jit(lambda x: with_gradient(lambda x: apply_rotary(x, table), x, jnp.cos(x)))
+    (equation, *_) = equations(jax.make_jaxpr(f)(x), "rotary")
+    assert equation.invars[-1].aval.shape == (0,)
+    placed = jax.device_put(x, NamedSharding(mesh, P("a", "b")))
+    compiled = f.lower(placed).compile()
+    assert set(collectives(compiled.as_text())) == {"all-gather"}
+    assert_close(jax.device_get(compiled(placed)), jax.device_get(f(x)), 1e-6)
+
+
 def test_shard_map():
     """A device knows only its own rows: it gives their positions."""
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:4]), ("a",))

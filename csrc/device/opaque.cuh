@@ -11,6 +11,13 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+// The same: an address is computed once, and what lies near it is reached with constant distances.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 // 0 in a register, not a constant that moves about.
 __device__ __forceinline__ float opaque_zero() {
   float x = 0.0f;
@@ -23,13 +30,6 @@ __device__ __forceinline__ int thread_index() {
   int x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
-}
-
-// The same: an address is computed once, and what lies near it is reached with constant distances.
-template <typename T>
-__device__ __forceinline__ T* opaque(T* pointer) {
-  asm volatile("" : "+l"(pointer));
-  return pointer;
 }
 
 }  // namespace jax_flash::device

@@ -14,8 +14,8 @@ sin) too where those are off, and values stay. `out` may be written over `x`. Th
 
 The backward is the same primitive with the other sign of sin. Batch axes, rows and heads are
 shared by devices freely; a head dim that is cut is gathered first, the tables are whole. The pair
-is for programs of one device: heads of both kinds cannot be cut over one mesh axis. So are
-positions that are off, as a device's first row need not be the first one.
+is for programs of one device: heads of both kinds cannot be cut over one mesh axis. Where positions
+are off, rows that are cut are gathered: a device's first row need not be the first one.
 """
 
 from __future__ import annotations
@@ -53,11 +53,16 @@ def _signature(config, x, *rest) -> Signature:
     rows = (BATCH, "T", "three", "N", "H") if config.packed else (BATCH, "T", "N", "H")
     table = (BATCH, "length", "R")
     *tables, positions = rest
-    places = () if is_off(positions) else (BATCH, "T")
+    counts = is_off(positions)
     return Signature(
-        operands=(rows, *(() if is_off(t) else table for t in tables), places),
+        operands=(
+            rows,
+            *(() if is_off(t) else table for t in tables),
+            () if counts else (BATCH, "T"),
+        ),
         results=(rows,),
-        shardable={"T": x.shape[1 - len(rows)], "N": x.shape[-2]},
+        # A device that counts for itself needs the rows before its own.
+        shardable={"N": x.shape[-2]} | ({} if counts else {"T": x.shape[1 - len(rows)]}),
         aliases={},
     )
 

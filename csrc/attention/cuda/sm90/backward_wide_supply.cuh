@@ -146,47 +146,46 @@ __device__ __forceinline__ void bring_operands(const BackwardArguments& a,
   }
 }
 
-// One thread of the keys CTA: copies each dS to the values CTA.
-template <class Traits>
-__device__ __forceinline__ void pass_scores(typename Traits::Smem& smem) {
-  Ring<2> ring;
-  uint32_t phase = 0;
+// One thread: does something for each step of each place that the CTAs take.
+template <class Traits, typename Function>
+__device__ __forceinline__ void for_each_step(typename Traits::Smem& smem,
+                                              const Function& function) {
   for (int t = 0;; ++t) {
     ptx::mbarrier_wait(smem.place_full[t % 2], t / 2 & 1);
     const KeyTilePlace& place = smem.places[t % 2];
     if (!place.exists) break;
     const int steps = place.num_steps;
 #pragma unroll 1
-    for (int i = 0; i < steps; ++i) {
-      ptx::mbarrier_wait(smem.own_ds_full, phase);
-      ptx::mbarrier_wait(smem.ds_empty[ring.stage], ring.phase ^ 1);
-      ptx::bulk_copy_to(&smem.ds[ring.stage], &smem.own_ds, sizeof(smem.own_ds),
-                        smem.ds_full[ring.stage], 0);
-      phase ^= 1;
-      ring.advance();
-    }
+    for (int i = 0; i < steps; ++i) function();
     ptx::mbarrier_arrive_at(smem.place_empty[t % 2], 0);
   }
+}
+
+// One thread of the keys CTA: copies each dS to the values CTA.
+template <class Traits>
+__device__ __forceinline__ void pass_scores(typename Traits::Smem& smem) {
+  Ring<2> ring;
+  uint32_t phase = 0;
+  for_each_step<Traits>(smem, [&] {
+    ptx::mbarrier_wait(smem.own_ds_full, phase);
+    ptx::mbarrier_wait(smem.ds_empty[ring.stage], ring.phase ^ 1);
+    ptx::bulk_copy_to(&smem.ds[ring.stage], &smem.own_ds, sizeof(smem.own_ds),
+                      smem.ds_full[ring.stage], 0);
+    phase ^= 1;
+    ring.advance();
+  });
 }
 
 // One thread of the values CTA: tells the keys CTA that a dS is here, and expects the next but one.
 template <class Traits>
 __device__ __forceinline__ void confirm_scores(typename Traits::Smem& smem) {
   Ring<2> ring;
-  for (int t = 0;; ++t) {
-    ptx::mbarrier_wait(smem.place_full[t % 2], t / 2 & 1);
-    const KeyTilePlace& place = smem.places[t % 2];
-    if (!place.exists) break;
-    const int steps = place.num_steps;
-#pragma unroll 1
-    for (int i = 0; i < steps; ++i) {
-      ptx::mbarrier_wait(smem.ds_full[ring.stage], ring.phase);
-      ptx::mbarrier_arrive_expect(smem.ds_full[ring.stage], sizeof(typename Traits::ScoreTile));
-      ptx::mbarrier_arrive_at(smem.own_ds_empty, 1);
-      ring.advance();
-    }
-    ptx::mbarrier_arrive_at(smem.place_empty[t % 2], 0);
-  }
+  for_each_step<Traits>(smem, [&] {
+    ptx::mbarrier_wait(smem.ds_full[ring.stage], ring.phase);
+    ptx::mbarrier_arrive_expect(smem.ds_full[ring.stage], sizeof(typename Traits::ScoreTile));
+    ptx::mbarrier_arrive_at(smem.own_ds_empty, 1);
+    ring.advance();
+  });
 }
 
 // One warpgroup: dQ = dS K, a half of the dims (the values CTA's the first), in blocks of 64
