@@ -54,7 +54,7 @@ JAX_FLASH_HOST_DEVICE Philox4 philox(Philox4 counter, uint32_t key0, uint32_t ke
 struct PhiloxRow {
   uint32_t high, low;
 };
-struct PhiloxColumn {
+struct alignas(16) PhiloxColumn {
   uint32_t z2, x3, z3, w3;  // to be combined with the row's, keys included
 };
 struct PhiloxKeys {  // of rounds 4 to 7

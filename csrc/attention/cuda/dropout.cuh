@@ -34,6 +34,18 @@ class Dropout {
     return word << 16 >= threshold_high_;
   }
   __device__ __forceinline__ bool keeps_odd(uint32_t word) const { return word >= threshold_high_; }
+  // The parts of these calls (philox.h): what a lane's block row has in common, and what a column of
+  // calls has, with `index` = column / 16 * 4 + lane % 4 of the lane that uses it.
+  __device__ __forceinline__ PhiloxRow row_part(int row) const {
+    return philox_row(row / 16u * 8 + threadIdx.x % 32 / 4, head_, key0_);
+  }
+  __device__ __forceinline__ PhiloxColumn column_part(uint32_t index) const {
+    return philox_column(index, head_, batch_, key0_, key1_);
+  }
+  __device__ uint32_t key0() const { return key0_; }
+  __device__ uint32_t key1() const { return key1_; }
+  __device__ uint32_t threshold_pair() const { return threshold_high_ | threshold_high_ >> 16; }
+
   // Zeroes the dropped elements of the 16x16 block of P at (row, col), held as two accumulators
   // side by side.
   __device__ __forceinline__ void apply(float (&left)[4], float (&right)[4], int row,
@@ -57,6 +69,18 @@ class Dropout {
  private:
   uint32_t key0_ = 0, key1_ = 0, head_ = 0, batch_ = 0, threshold_high_;
 };
+
+// Of a draw word, 0xffff in the halves that keep their element, 0 in the others, so that one AND
+// drops both elements of a packed pair: the difference of the halves (VIADD.16x2, one instruction
+// from sm_90 on), where it borrowed nothing, and that bit all over its half. Three instructions;
+// VIMNMX.U16x2 with its two predicates would be one, but ptxas (13.0) leaves dead PRMTs beside it.
+__device__ __forceinline__ uint32_t dropout_pair_mask(uint32_t word, uint32_t threshold_pair) {
+  const uint32_t difference = __vsub2(word, threshold_pair);
+  const uint32_t kept = (word & ~threshold_pair) | ((word | ~threshold_pair) & ~difference);
+  uint32_t mask;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"(kept));  // 8: the sign of that byte
+  return mask;
+}
 
 // What the kept elements are multiplied by.
 __host__ __device__ inline float dropout_scale(const DropoutParams& p) {

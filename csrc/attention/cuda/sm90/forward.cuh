@@ -94,7 +94,6 @@ class ForwardConsumer {
     if (kIsPlain) next = Step(device::uniform(smem_.step[Key(steps_).stage]));
     issue_value();
     give_turn();
-    draw(next, kIsPlain ? job_ : job_ + next.is_first());
     ptx::wgmma_wait<1>();  // S
     ptx::wgmma_pin(rS_[0]);
 
@@ -136,7 +135,6 @@ class ForwardConsumer {
     take_turn();
     issue_scores(job_ + next.is_first());
     give_turn();
-    draw(next, job_ + next.is_first());
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(rS_[0]);
     begin(next);
@@ -168,6 +166,11 @@ class ForwardConsumer {
       ++job_;
       softmax_.reset();
       is_fresh_ = true;
+      if constexpr (Traits::kHasDropout) {
+        const Job& job = job_of(job_);
+        draws_ = {job.dropout.row_part(job.s.first_row + first_row()), job.dropout.key0(),
+                  job.dropout.key1(), job.dropout.threshold_pair()};
+      }
     }
   }
   // P of the step is there (or not wanted).
@@ -241,28 +244,23 @@ class ForwardConsumer {
   template <bool kIsPlain, bool kBeginsJobs>
   __device__ __forceinline__ bool to_probabilities(Step next) {
     float alpha[2];
+    bool is_good = true;
     if (!kIsPlain) {
       if (kBeginsJobs && Traits::kGuesses && next.is_first() &&
           next.view(warpgroup_) >= View::kEdge) {
-        return guess_probabilities(next);
+        is_good = guess_probabilities(next);
+      } else {
+        const bool moved = to_unusual_probabilities(next, alpha);
+        if (moved && !next.is_first()) rescale(alpha);
       }
-      const bool moved = to_unusual_probabilities(next, alpha);
-      if (moved && !next.is_first()) rescale(alpha);
-    } else if (!softmax_.try_update(rS_[0], a_.scale_log2)) {
+      draw();
+    } else if (!softmax_.try_update(rS_[0], a_.scale_log2, [this](int i) { draw(i); })) {
       multiply_query_again();
       softmax_.template update<true>(rS_[0], a_.scale_log2, alpha);
       rescale(alpha);
+      draw();
     }
-    if constexpr (Traits::kHasDropout) {
-#pragma unroll
-      for (int n = 0; n < Traits::kFragmentsN; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if ((kept_[n / 8] >> (4 * (n % 8) + e) & 1) == 0) rS_[0][n][e] = 0.0f;
-        }
-      }
-    }
-    return true;
+    return is_good;
   }
 
   // How many of the tile's blocks of 16 columns, where it ends on a diagonal of them, count whole.
@@ -298,6 +296,7 @@ class ForwardConsumer {
       softmax_.reset();
       multiply_query_again();
       to_unusual_probabilities(next, alpha);
+      draw();
       release_operands(next);
       pack_probabilities();
     }
@@ -318,26 +317,24 @@ class ForwardConsumer {
     return softmax_.template update<false>(rS_[0], a_.scale_log2, alpha);
   }
 
-  // Which elements of the next P are kept, a bit each: drawn while the products run.
-  __device__ __forceinline__ void draw(Step next, uint32_t job_idx) {
+  // Packs the elements of P in columns 16 i to 16 i + 15, as soon as they are there, and draws which
+  // are kept: registers of S become as many of P and of masks. Under the exponentials, which leave
+  // more than half of the issue slots free.
+  __device__ __forceinline__ void draw(int i) {
     if constexpr (Traits::kHasDropout) {
-      const Job& job = job_of(job_idx);
-      const Dropout dropout = job.dropout;
-      const int row = job.s.first_row + first_row(), col = next.tile() * Traits::kBlockN;
-#pragma unroll
-      for (int i = 0; i < Traits::kKeptWords; ++i) kept_[i] = 0;
-#pragma unroll
-      for (int n = 0; n < Traits::kFragmentsN; n += 2) {
-        const Philox4 words = dropout.bits(row, col + 8 * n);
-        const uint32_t of_pair[4] = {words.x, words.z, words.y, words.w};  // of left, then of right
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-          const int bit = 4 * (n % 8) + 2 * pair;
-          if (dropout.keeps_even(of_pair[pair])) kept_[n / 8] |= 1u << bit;
-          if (dropout.keeps_odd(of_pair[pair])) kept_[n / 8] |= 2u << bit;
-        }
-      }
+      const Philox4 words =
+          philox(draws_.row, smem_.columns[Key(steps_).stage][4 * i + threadIdx.x % 4],
+                 philox_keys(draws_.key0, draws_.key1));
+      device::pack_operand<Element>(packed_[i], rS_[0][2 * i], rS_[0][2 * i + 1]);
+      mask_[i][0] = dropout_pair_mask(words.x, draws_.threshold_pair);
+      mask_[i][1] = dropout_pair_mask(words.z, draws_.threshold_pair);
+      mask_[i][2] = dropout_pair_mask(words.y, draws_.threshold_pair);
+      mask_[i][3] = dropout_pair_mask(words.w, draws_.threshold_pair);
     }
+  }
+  __device__ __forceinline__ void draw() {
+#pragma unroll
+    for (int i = 0; i < Traits::kBlockN / 16; ++i) draw(i);
   }
 
   // S of this warp's 16 rows once more, on mma.sync, which needs no other warp: the exponentials
@@ -370,7 +367,12 @@ class ForwardConsumer {
   __device__ __forceinline__ void pack_probabilities() {
 #pragma unroll
     for (int k = 0; k < Traits::kBlockN / 16; ++k) {
-      device::pack_operand<Element>(rP_[k], rS_[0][2 * k], rS_[0][2 * k + 1]);
+      if constexpr (Traits::kHasDropout) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) rP_[k][j] = packed_[k][j] & mask_[k][j];
+      } else {
+        device::pack_operand<Element>(rP_[k], rS_[0][2 * k], rS_[0][2 * k + 1]);
+      }
     }
   }
 
@@ -430,7 +432,12 @@ class ForwardConsumer {
   RowSoftmax<Element> softmax_;
   float rS_[1][Traits::kFragmentsN][4], rO_[Traits::kFragmentsV][4];
   uint32_t rP_[Traits::kBlockN / 16][4];
-  uint32_t kept_[Traits::kKeptWords];  // with dropout: bit 4 n + e of word n / 8 for rS_[0][n][e]
+  // With dropout: what a lane draws with, P before it takes the place of rP_, and what is kept of it.
+  struct {
+    PhiloxRow row;
+    uint32_t key0, key1, threshold_pair;
+  } draws_;
+  uint32_t packed_[Traits::kBlockN / 16][4], mask_[Traits::kBlockN / 16][4];
   uint32_t rQ_[Traits::kQueryInRegisters ? Traits::kHeadDim / 16 : 1][4];
 };
 

@@ -204,6 +204,13 @@ class ForwardLoader {
       const View view = view_of<Traits>(job.s, job.blocks, next.tile() * Traits::kBlockN);
       plain_next = __ballot_sync(device::kWarp, view == View::kAll) & 15;
     }
+    if constexpr (Traits::kHasDropout) {
+      const uint32_t column = threadIdx.x % 32;
+      if (column < Traits::kBlockN / 4) {
+        smem_.columns[stage][column] = job.dropout.column_part(col / 4 + column);
+      }
+      __syncwarp();  // the columns of all lanes are there
+    }
     if (is_leader_) {
       smem_.step[stage] = Step(step, is_first, next, views, plain_next).code();
       ptx::mbarrier_arrive_expect(full, sizeof(Tile));

@@ -85,7 +85,6 @@ struct ForwardTraits : Tiles {
   static_assert(Tiles::kTeams <= 2);  // a loader and a scheduler each, of four warps
   static constexpr int kJobs = 4;     // at most that a CTA has taken and not finished
 
-  static constexpr int kKeptWords = (Tiles::kBlockN + 63) / 64;
   static constexpr int kFragmentsN = Tiles::kBlockN / 8, kFragmentsV = Tiles::kValueDim / 8;
   using QueryTile = device::SharedTile<kBlockM, (Tiles::kHeadDim + 63) / 64 * 64>;
   using KeyTile = device::SharedTile<Tiles::kBlockN, (Tiles::kHeadDim + 63) / 64 * 64>;
@@ -126,6 +125,8 @@ struct ForwardTraits : Tiles {
     Job job[kJobs];
     typename Walk::Window window[2];   // of the scheduler, of the loader
     uint32_t step[Tiles::kKeyStages];  // Step::code of what key[] holds
+    // With dropout: what the calls for a column of 16 x 16 blocks have in common, four a block.
+    PhiloxColumn columns[kHasDropout ? Tiles::kKeyStages : 1][kHasDropout ? Tiles::kBlockN / 4 : 1];
     ptx::Mbarrier job_full[kJobs], job_empty[kJobs];
     ptx::Mbarrier q_full[Tiles::kQueryStages], q_empty[Tiles::kQueryStages];
     ptx::Mbarrier k_full[Tiles::kKeyStages], k_empty[Tiles::kKeyStages];

@@ -39,12 +39,14 @@ struct RowSoftmax {
   }
 
   // S -> P in place (unnormalised, not yet rounded). False, for the whole warp, where some row grew
-  // past its reference: then rS holds nothing of use, and nothing else has changed.
-  template <int kN>
-  __device__ __forceinline__ bool try_update(float (&rS)[kN][4], float scale_log2) {
+  // past its reference: then rS holds nothing of use, and nothing else has changed. `beside(i)` is
+  // done with the exponentials of columns 16 i to 16 i + 15, to be mixed with others.
+  template <int kN, typename Beside>
+  __device__ __forceinline__ bool try_update(float (&rS)[kN][4], float scale_log2,
+                                             const Beside& beside) {
     constexpr float kLimit = kIsBf16 ? 1.0f : 256.0f;  // 2^kSlack
     float tile_sum[2];
-    exponentials(rS, scale_log2, tile_sum);
+    exponentials(rS, scale_log2, tile_sum, beside);
     const bool is_good = tile_sum[0] <= kLimit && tile_sum[1] <= kLimit;  // NaN is not
     if (!__all_sync(device::kWarp, is_good)) return false;
     sum[0] += tile_sum[0];
@@ -233,6 +235,11 @@ struct RowSoftmax {
   template <int kN>
   __device__ __forceinline__ void exponentials(float (&rS)[kN][4], float scale_log2,
                                                float (&tile_sum)[2]) const {
+    exponentials(rS, scale_log2, tile_sum, [](int) {});
+  }
+  template <int kN, typename Beside>
+  __device__ __forceinline__ void exponentials(float (&rS)[kN][4], float scale_log2,
+                                               float (&tile_sum)[2], const Beside& beside) const {
     tile_sum[0] = tile_sum[1] = 0.0f;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
@@ -241,6 +248,7 @@ struct RowSoftmax {
         rS[n][e] = ptx::exp2_approx(fmaf(rS[n][e], scale_log2, -reference[e / 2]));
         tile_sum[e / 2] += rS[n][e];
       }
+      if (n % 2 == 1) beside(n / 2);
     }
   }
 };
