@@ -27,7 +27,6 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   BackwardArguments a{p, make_backward_plan(p, kBlockM, kBlockN)};
   BackwardPlan& plan = a.plan;
   if ((p.deterministic && !Traits::kAddsInOrder) || p.mask.block_mask.data != nullptr ||
-      Traits::kHasDropout != (p.dropout.threshold > 0) ||
       !(p.scale >= kMinTermScale<typename Traits::Element>)) {
     return kNotCovered;
   }
