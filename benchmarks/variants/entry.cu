@@ -89,7 +89,9 @@ const char* run_as(const Call& c, cudaStream_t stream) {
   p.workspace = c.workspace;
   p.workspace_bytes = c.workspace_bytes;
   p.deterministic = c.deterministic != 0;
-  return sm90::choose_backward<Element, VARIANT_HEAD_DIM>(p, stream);
+  const auto run = c.threshold > 0 ? sm90::choose_backward<Element, VARIANT_HEAD_DIM, true>
+                                   : sm90::choose_backward<Element, VARIANT_HEAD_DIM, false>;
+  return run(p, stream);
 }
 #else
 template <typename Element>

@@ -34,8 +34,8 @@ class Dropout {
     return word << 16 >= threshold_high_;
   }
   __device__ __forceinline__ bool keeps_odd(uint32_t word) const { return word >= threshold_high_; }
-  // The parts of these calls (philox.h): what a lane's block row has in common, and what a column of
-  // calls has, with `index` = column / 16 * 4 + lane % 4 of the lane that uses it.
+  // The parts of these calls (philox.h): what a lane's block row has in common, and what a column
+  // of calls has, with `index` = column / 16 * 4 + lane % 4 of the lane that uses it.
   __device__ __forceinline__ PhiloxRow row_part(int row) const {
     return philox_row(row / 16u * 8 + threadIdx.x % 32 / 4, head_, key0_);
   }

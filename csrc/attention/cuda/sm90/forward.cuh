@@ -175,7 +175,7 @@ class ForwardConsumer {
   }
   // P of the step is there (or not wanted).
   __device__ __forceinline__ void release_operands(Step next) {
-    release(smem_.k_empty[Key(steps_).stage]);
+    release_read(smem_.k_empty[Key(steps_).stage]);  // and the step's word
     // A Q in shared memory is free after the last product with it.
     if (!Traits::kQueryInRegisters && next.is_last()) {
       release(smem_.q_empty[Query(job_).stage]);
@@ -254,7 +254,10 @@ class ForwardConsumer {
         if (moved && !next.is_first()) rescale(alpha);
       }
       draw();
-    } else if (!softmax_.try_update(rS_[0], a_.scale_log2, [this](int i) { draw(i); })) {
+    } else if (!softmax_.try_update(rS_[0], a_.scale_log2, [this](int i) {
+                 draw(i);
+                 return scale_after(i);
+               })) {
       multiply_query_again();
       softmax_.template update<true>(rS_[0], a_.scale_log2, alpha);
       rescale(alpha);
@@ -317,14 +320,15 @@ class ForwardConsumer {
     return softmax_.template update<false>(rS_[0], a_.scale_log2, alpha);
   }
 
-  // Packs the elements of P in columns 16 i to 16 i + 15, as soon as they are there, and draws which
-  // are kept: registers of S become as many of P and of masks. Under the exponentials, which leave
-  // more than half of the issue slots free.
+  // Packs the elements of P in columns 16 i to 16 i + 15, as soon as they are there, and draws
+  // which are kept: registers of S become as many of P and of masks. Under the exponentials, which
+  // leave more than half of the issue slots free.
   __device__ __forceinline__ void draw(int i) {
     if constexpr (Traits::kHasDropout) {
       const Philox4 words =
           philox(draws_.row, smem_.columns[Key(steps_).stage][4 * i + threadIdx.x % 4],
                  philox_keys(draws_.key0, draws_.key1));
+      drawn_[i] = words.x;
       device::pack_operand<Element>(packed_[i], rS_[0][2 * i], rS_[0][2 * i + 1]);
       mask_[i][0] = dropout_pair_mask(words.x, draws_.threshold_pair);
       mask_[i][1] = dropout_pair_mask(words.z, draws_.threshold_pair);
@@ -335,6 +339,17 @@ class ForwardConsumer {
   __device__ __forceinline__ void draw() {
 #pragma unroll
     for (int i = 0; i < Traits::kBlockN / 16; ++i) draw(i);
+  }
+
+  // scale_log2 for the columns after 16 i + 15. NOTE: known only when some draw is done, as far as
+  // ptxas can see, since otherwise it puts all exponentials before nearly all draws: then the
+  // special function unit is idle while these are made (4 to 10% of the call; H200, head dim 128).
+  // The last but one gap is skipped, so that the last draws end with the last exponentials.
+  __device__ __forceinline__ float scale_after(int i) const {
+    constexpr int kBlocks = Traits::kBlockN / 16;
+    if (!Traits::kHasDropout || i < 2 || i + 1 >= kBlocks) return a_.scale_log2;
+    const int draw = i + 3 >= kBlocks && kBlocks > 4 ? i - 1 : i - 2;
+    return __uint_as_float(__float_as_uint(a_.scale_log2) ^ (drawn_[draw] & a_.zero));
   }
 
   // S of this warp's 16 rows once more, on mma.sync, which needs no other warp: the exponentials
@@ -401,11 +416,18 @@ class ForwardConsumer {
     } else {
       output.write();
     }
-    release(smem_.job_empty[job_idx % Traits::kJobs]);
+    release_read(smem_.job_empty[job_idx % Traits::kJobs]);
   }
 
-  // One arrival a warp, once all of its lanes are through. NOTE: where registers are few, lane 0 is
-  // asked of the warp, since the thread's number would be read again in every step, 80 clocks each.
+  // What lanes have read by loads of their own, each of them gives back. NOTE: one arrival after
+  // __syncwarp would do, but racecheck only counts what the arriving thread itself has read. It
+  // costs nothing: within 1% of one arrival a warp (H200, 2026-11-28).
+  __device__ __forceinline__ void release_read(ptx::Mbarrier& barrier) {
+    ptx::mbarrier_arrive(barrier);
+  }
+  // Else one arrival a warp, once all of its lanes are through. NOTE: where registers are few, lane
+  // 0 is asked of the warp, since the thread's number would be read again in every step, 80 clocks
+  // each.
   __device__ __forceinline__ void release(ptx::Mbarrier& barrier) {
     __syncwarp();
     if (Traits::kWarpgroups > 2 ? ptx::elect_one() : lane() == 0) ptx::mbarrier_arrive(barrier);
@@ -432,11 +454,13 @@ class ForwardConsumer {
   RowSoftmax<Element> softmax_;
   float rS_[1][Traits::kFragmentsN][4], rO_[Traits::kFragmentsV][4];
   uint32_t rP_[Traits::kBlockN / 16][4];
-  // With dropout: what a lane draws with, P before it takes the place of rP_, and what is kept of it.
+  // With dropout: what a lane draws with, P before it takes the place of rP_, and what is kept of
+  // it.
   struct {
     PhiloxRow row;
     uint32_t key0, key1, threshold_pair;
   } draws_;
+  uint32_t drawn_[Traits::kBlockN / 16];  // a word of each draw
   uint32_t packed_[Traits::kBlockN / 16][4], mask_[Traits::kBlockN / 16][4];
   uint32_t rQ_[Traits::kQueryInRegisters ? Traits::kHeadDim / 16 : 1][4];
 };
@@ -446,12 +470,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardArguments a) {
   extern __shared__ __align__(1024) char smem_bytes[];
   auto* teams = reinterpret_cast<typename Traits::Smem*>(smem_bytes);
-  constexpr int kWarps = 4 * Traits::kConsumers;  // that release what they have used
+  constexpr int kWarps = 4 * Traits::kConsumers;  // that release what they have used,
+  constexpr int kLanes = 32 * kWarps;             // or all of their lanes
   if (threadIdx.x < Traits::kTeams) {
     auto& smem = teams[threadIdx.x];
     for (int i = 0; i < Traits::kJobs; ++i) {
       ptx::mbarrier_init(smem.job_full[i], 1);
-      ptx::mbarrier_init(smem.job_empty[i], kWarps);
+      ptx::mbarrier_init(smem.job_empty[i], kLanes + 32);  // and the loader's
     }
     for (int i = 0; i < Traits::kQueryStages; ++i) {
       ptx::mbarrier_init(smem.q_full[i], 1);
@@ -459,7 +484,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     for (int i = 0; i < Traits::kKeyStages; ++i) {
       ptx::mbarrier_init(smem.k_full[i], 1);
-      ptx::mbarrier_init(smem.k_empty[i], kWarps);
+      ptx::mbarrier_init(smem.k_empty[i], kLanes);
     }
     for (int i = 0; i < Traits::kValueStages; ++i) {
       ptx::mbarrier_init(smem.v_full[i], 1);

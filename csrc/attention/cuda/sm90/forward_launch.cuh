@@ -68,6 +68,7 @@ const char* launch_forward(const ForwardParams& p, cudaStream_t stream) {
                      .lead = jobs_ahead(p, Traits::kBlockM),
                      .counter = -1,
                      .scale_log2 = p.scale * 1.44269504088896341f,
+                     .zero = 0,
                      .ends_alone = mean_keys_of_job(p, Traits::kBlockM) <= kShortJob};
   if (!make_operand_map(p, p.q, p.seq_q, p.heads, p.head_dim, Traits::kBlockM, a.q) ||
       !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, Traits::kBlockN, a.k) ||

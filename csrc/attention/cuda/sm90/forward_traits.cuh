@@ -90,12 +90,12 @@ struct ForwardTraits : Tiles {
   using KeyTile = device::SharedTile<Tiles::kBlockN, (Tiles::kHeadDim + 63) / 64 * 64>;
   using ValueTile = device::SharedTile<Tiles::kBlockN, (Tiles::kValueDim + 63) / 64 * 64>;
   // Are there registers to spare for the faster way through the diagonal?
-  static constexpr bool kHasRoom = kWarpgroups == 2 && !kHasDropout;
+  static constexpr bool kHasRoom = kWarpgroups == 2;
   // May a warpgroup take a tile as plain that is not full for the others? Under turns they wait for
   // each other anyway.
   static constexpr bool kPlainAlone = Tiles::kTeams > 1;
   // bf16 begins a job with a guess (RowSoftmax::try_first).
-  static constexpr bool kGuesses = std::is_same_v<Element, __nv_bfloat16> && !kHasDropout;
+  static constexpr bool kGuesses = std::is_same_v<Element, __nv_bfloat16>;
   // How O leaves (forward_output.cuh): by the copy engine, as lines of 128 bytes, or straight from
   // the accumulators. With the last, ptxas keeps no descriptor in uniform registers at head dim 256
   // (286 instructions a step for 248); with the others it spills where registers are few.
@@ -144,6 +144,7 @@ struct ForwardArguments {
   int counter;    // of tile_counter.cuh; negative: team t of n takes tiles t, t + n, t + 2 n, ...
   OperandMap q, k, v, o;
   float scale_log2;
+  uint32_t zero;    // that the compiler does not know to be one
   bool ends_alone;  // the last P V of a job does not wait for the first K of the next
 };
 

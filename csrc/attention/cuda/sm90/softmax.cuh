@@ -40,7 +40,8 @@ struct RowSoftmax {
 
   // S -> P in place (unnormalised, not yet rounded). False, for the whole warp, where some row grew
   // past its reference: then rS holds nothing of use, and nothing else has changed. `beside(i)` is
-  // done with the exponentials of columns 16 i to 16 i + 15, to be mixed with others.
+  // done when the exponentials of columns 16 i to 16 i + 15 are there, and gives the scale_log2 of
+  // the next 16.
   template <int kN, typename Beside>
   __device__ __forceinline__ bool try_update(float (&rS)[kN][4], float scale_log2,
                                              const Beside& beside) {
@@ -235,7 +236,7 @@ struct RowSoftmax {
   template <int kN>
   __device__ __forceinline__ void exponentials(float (&rS)[kN][4], float scale_log2,
                                                float (&tile_sum)[2]) const {
-    exponentials(rS, scale_log2, tile_sum, [](int) {});
+    exponentials(rS, scale_log2, tile_sum, [scale_log2](int) { return scale_log2; });
   }
   template <int kN, typename Beside>
   __device__ __forceinline__ void exponentials(float (&rS)[kN][4], float scale_log2,
@@ -248,7 +249,7 @@ struct RowSoftmax {
         rS[n][e] = ptx::exp2_approx(fmaf(rS[n][e], scale_log2, -reference[e / 2]));
         tile_sum[e / 2] += rS[n][e];
       }
-      if (n % 2 == 1) beside(n / 2);
+      if (n % 2 == 1) scale_log2 = beside(n / 2);
     }
   }
 };
