@@ -343,7 +343,7 @@ class ForwardConsumer {
 
   // scale_log2 for the columns after 16 i + 15. NOTE: known only when some draw is done, as far as
   // ptxas can see, since otherwise it puts all exponentials before nearly all draws: then the
-  // special function unit is idle while these are made (4 to 10% of the call; H200, head dim 128).
+  // special function unit is idle while these are made (4% of the call; H200, head dim 128, full).
   // The last but one gap is skipped, so that the last draws end with the last exponentials.
   __device__ __forceinline__ float scale_after(int i) const {
     constexpr int kBlocks = Traits::kBlockN / 16;
