@@ -1,9 +1,9 @@
 // Checks Philox in parts (a row's, a column's and what remains) against the whole of it, on random
 // counters and keys. Prints the number of mistakes; run by tests/test_dropout.py.
+#include "common/philox.h"
+
 #include <cstdio>
 #include <random>
-
-#include "common/philox.h"
 
 int main() {
   using namespace jax_flash;
@@ -18,7 +18,8 @@ int main() {
     const Philox4 parts =
         philox(philox_row(counter.y, counter.z, key0),
                philox_column(counter.x, counter.z, counter.w, key0, key1), philox_keys(key0, key1));
-    mistakes += whole.x != parts.x || whole.y != parts.y || whole.z != parts.z || whole.w != parts.w;
+    mistakes +=
+        whole.x != parts.x || whole.y != parts.y || whole.z != parts.z || whole.w != parts.w;
   }
   std::printf("%d mistakes in %d calls\n", mistakes, kCalls);
   return mistakes != 0;
