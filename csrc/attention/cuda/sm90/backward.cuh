@@ -10,8 +10,8 @@
 // memory. docs/kernels/hopper_backward.md shows who waits for whom.
 #pragma once
 
-#include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_consumer.cuh"
+#include "attention/cuda/sm90/backward_dropout.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
 #include "device/opaque.cuh"
 #include "device/shared_tile.cuh"
@@ -20,9 +20,10 @@
 
 namespace jax_flash::attention::sm90 {
 
-template <typename Element_, int kHeadDim_, int kBlockM_, int kStages_>
+template <typename Element_, int kHeadDim_, int kBlockM_, int kStages_, bool kHasDropout_>
 struct BackwardTraits {
   using Element = Element_;
+  static constexpr bool kHasDropout = kHasDropout_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = kBlockM_;  // queries of a step
   static constexpr int kBlockN = 128;       // keys of the CTA, 64 a warpgroup
@@ -56,6 +57,8 @@ struct BackwardTraits {
     WeightTile weights[2];          // of the terms of S and of dP
     ScoreTile ds[2];                // in the end: dK and dV on their way out
     float dq[kConsumers][64 * 64];  // a warpgroup's block of dQ, [n][thread][4]
+    // -delta in 16 bits, where dropout leaves nothing else of dP, in the order of stats_index.
+    alignas(16) uint32_t minus_delta[kStages][kHasDropout ? kBlockM / 2 : 1];
     Step steps[kStages];
     DqTarget targets[kTargets];
     bool is_end[kConsumers];  // for those who add to dQ: no block, that was all
@@ -73,7 +76,7 @@ __device__ __forceinline__ void initialise_barriers(typename Traits::Smem& smem)
   constexpr uint32_t kWarps = 4 * Traits::kConsumers;
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(smem.place_full[i], 1);
-    ptx::mbarrier_init(smem.place_empty[i], 1);
+    ptx::mbarrier_init(smem.place_empty[i], Traits::kConsumerThreads);
     ptx::mbarrier_init(smem.ds_full[i], kWarps);
   }
   ptx::mbarrier_init(smem.k_full, 1);
@@ -82,9 +85,9 @@ __device__ __forceinline__ void initialise_barriers(typename Traits::Smem& smem)
   ptx::mbarrier_init(smem.v_empty, kWarps);
   for (int i = 0; i < Traits::kStages; ++i) {
     ptx::mbarrier_init(smem.q_full[i], 1);
-    ptx::mbarrier_init(smem.q_empty[i], kWarps);
+    ptx::mbarrier_init(smem.q_empty[i], kWarps * kWarpLanes);  // with the step
     ptx::mbarrier_init(smem.dout_full[i], 1);
-    ptx::mbarrier_init(smem.dout_empty[i], kWarps);
+    ptx::mbarrier_init(smem.dout_empty[i], kWarps * (Traits::kHasDropout ? kWarpLanes : 1));
   }
   for (int i = 0; i < Traits::kConsumers; ++i) {
     smem.is_end[i] = false;
@@ -135,7 +138,8 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
     while (true) {
       const int stage = ring.stage, row = query_tile * kBlockM;
       const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
-      const char* stats = reinterpret_cast<char*>(a.plan.stats) + int64_t{sum} * (16 * kBlockM);
+      const char* stats =
+          reinterpret_cast<char*>(a.plan.stats) + int64_t{sum} * (kPlanStatBytes * kBlockM);
       constexpr uint32_t kBytes = sizeof(typename Traits::QueryTile);
 
       ptx::mbarrier_wait(smem.q_empty[stage], ring.phase ^ 1);
@@ -151,9 +155,14 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
       load_terms<Traits::kTermRows>(smem.terms[stage], stats, smem.q_full[stage]);
 
       ptx::mbarrier_wait(smem.dout_empty[stage], ring.phase ^ 1);
-      ptx::mbarrier_arrive_expect(smem.dout_full[stage], kBytes);
+      constexpr uint32_t kDeltaBytes = Traits::kHasDropout ? 2 * kBlockM : 0;
+      ptx::mbarrier_arrive_expect(smem.dout_full[stage], kBytes + kDeltaBytes);
       load_tile(smem.dout[stage], a.dout, place.batch, head, place.sequence.query_start + row,
                 smem.dout_full[stage], ptx::L2Hint::kEvictLast);
+      if constexpr (Traits::kHasDropout) {
+        ptx::bulk_load(smem.minus_delta[stage], stats + kMinusDelta<kBlockM>, kDeltaBytes,
+                       smem.dout_full[stage]);
+      }
       ring.advance();
       if (--steps == 0) break;
       if (++query_tile == place.range.end) {
@@ -251,6 +260,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
     if (place.num_steps > 0) {
       float rS[kBlockM / 8][4], rDP[kBlockM / 8][4], rDQ[8][4];
       uint32_t rP[kBlockM / 16][4], rDS[kBlockM / 16][4];
+      DroppedBits dropped[kBlockM / 64];  // with dropout, of the step whose P is next
       const auto wait_for_queries = [&](QueryTile& queries, ptx::Mbarrier& full) {
         ptx::mbarrier_wait(full, ring.phase);
         if (const int rows = s.query_length - smem.steps[ring.stage].row; rows < kBlockM) {
@@ -275,7 +285,15 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
           mask_scores(rS, s, BlockMask(a.p.mask, place.batch, step.head), s.first_row + warp_row,
                       step.row);
         }
-        exponentiate<Element>(rS, rP, scale_log2);
+        exponentiate<Element, Traits::kHasDropout>(rS, rP, scale_log2);
+      };
+      // What is kept of the step of `head` and `row`.
+      const auto draw = [&](int head, int row) {
+        if constexpr (Traits::kHasDropout) {
+          const DropoutWords words = place.dropout;
+          dropped[0] = draw_dropped<4>(words, a.p.dropout.head_ids[head], a.p.dropout.threshold,
+                                       row, s.first_row + warp_row);
+        }
       };
       // Writes the finished block of dQ, and hands it to the thread that adds it to the sums.
       const auto write_dq = [&] {
@@ -299,6 +317,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
       ptx::wgmma_pin(rDK);
       ptx::wgmma_pin(rDV);
       multiply_keys_queries(rS, ring.stage);
+      draw(place.first_head, place.first_tile * kBlockM);
       wait_for_keys(smem.v, smem.v_full);
       wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
       ptx::wgmma_wait<0>();
@@ -309,7 +328,13 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
       while (true) {
         // In flight: dP. dV runs while dP becomes dS.
         const int stage = ring.stage;
-        accumulate<Element>(rDV, rP, smem.dout[stage]);
+        uint32_t rKept[kBlockM / 16][4];
+        if constexpr (Traits::kHasDropout) {
+          drop<Element>(rP, dropped, rKept);
+          accumulate<Element>(rDV, rKept, smem.dout[stage]);
+        } else {
+          accumulate<Element>(rDV, rP, smem.dout[stage]);
+        }
         ptx::wgmma_commit();
         if (dq_is_written) send_dq();  // the last step's; the fence waits under dP
         ptx::wgmma_wait<1>();
@@ -319,7 +344,12 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
             ds, device::LdmatrixAddress<ScoreTile>::Order::kRowsFirst, warp_row);
 #pragma unroll
         for (int j = 0; j < kBlockM / 16; ++j) {
-          differentiate<Element>(rDP, rP[j], j, rDS[j]);
+          if constexpr (Traits::kHasDropout) {
+            differentiate<Element>(rDP, rP[j], rKept[j],
+                                   load_minus_delta(smem.minus_delta[stage], j), j, rDS[j]);
+          } else {
+            differentiate<Element>(rDP, rP[j], j, rDS[j]);
+          }
           ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
         }
         // dK, issued before the fence that waits for the stores, and the next step's S behind it.
@@ -331,7 +361,11 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         const bool is_last = smem.steps[stage].is_last;
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDV);
-        release(smem.dout_empty[stage]);
+        if constexpr (Traits::kHasDropout) {  // with delta
+          release_read(smem.dout_empty[stage]);
+        } else {
+          release(smem.dout_empty[stage]);
+        }
         ring.advance();
         if (is_last) {
           release(smem.v_empty);
@@ -340,7 +374,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
           ptx::wgmma_commit();
           ptx::wgmma_wait<0>();
           ptx::wgmma_pin(rDK);
-          release(smem.q_empty[stage]);
+          release_read(smem.q_empty[stage]);
           release(smem.k_empty);
           ds_ring.advance();
           write_dq();
@@ -351,7 +385,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         multiply_keys_queries(rS, ring.stage);
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDK);
-        release(smem.q_empty[stage]);
+        release_read(smem.q_empty[stage]);
 
         // dQ, once the other warpgroup has its dS, while the next S becomes P; the next dP while dQ
         // leaves.
@@ -359,6 +393,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         multiply_scores(rDQ, ds);
         ptx::wgmma_commit();
         ds_ring.advance();
+        draw(smem.steps[ring.stage].head, smem.steps[ring.stage].row);
         ptx::wgmma_wait<1>();
         make_probabilities();
         ptx::wgmma_wait<0>();
@@ -392,7 +427,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
       store_sum(sum + a.plan.dkv_elements, rDV);
     }
     sync_consumers();  // Everyone has left the tile and the place of dS.
-    if (threadIdx.x == 128) ptx::mbarrier_arrive(smem.place_empty[t % 2]);
+    release_read(smem.place_empty[t % 2]);
   }
   ptx::mbarrier_wait(smem.dq_empty[consumer], dq_phase ^ 1);
   if (thread == 0) smem.is_end[consumer] = true;

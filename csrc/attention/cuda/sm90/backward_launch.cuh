@@ -27,7 +27,7 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   BackwardArguments a{p, make_backward_plan(p, kBlockM, kBlockN)};
   BackwardPlan& plan = a.plan;
   if ((p.deterministic && !Traits::kAddsInOrder) || p.mask.block_mask.data != nullptr ||
-      p.dropout.threshold > 0 || !(p.scale >= kMinTermScale<typename Traits::Element>)) {
+      !(p.scale >= kMinTermScale<typename Traits::Element>)) {
     return kNotCovered;
   }
   const int64_t columns = plan.batches * p.kv_heads, key_tiles = columns * plan.key_slots;
@@ -44,6 +44,7 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   a.places = static_cast<KeyTilePlace*>(plan.places);
   a.next_tile = plan.counters;
   a.additions = plan.counters + 4;
+  a.lse_factor = -1.0f / (p.scale * 1.4426950408889634f);
   if (!make_operand_map(p, p.q, p.seq_q, p.heads, p.head_dim, kBlockM, a.q) ||
       !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, kBlockN, a.k) ||
       !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, kBlockN, a.v) ||
@@ -73,16 +74,16 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
 }
 
 // Queries of a step and stages by head dim.
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, bool kHasDropout>
 const char* choose_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim == 64) {
-    using Traits = SupplierTraits<Element, 64, 128, 2>;
+    using Traits = SupplierTraits<Element, 64, 128, 2, kHasDropout>;
     return launch_backward<Traits>(p, stream, supplier_kernel<Traits>);
   } else if constexpr (kHeadDim == 256) {
-    using Traits = WideTraits<Element, 256>;
+    using Traits = WideTraits<Element, 256, kHasDropout>;
     return launch_backward<Traits>(p, stream, wide_kernel<Traits>);
   } else {
-    using Traits = BackwardTraits<Element, kHeadDim, 64, 2>;
+    using Traits = BackwardTraits<Element, kHeadDim, 64, 2, kHasDropout>;
     return launch_backward<Traits>(p, stream, backward_kernel<Traits>);
   }
 }

@@ -15,6 +15,13 @@ namespace jax_flash::attention::sm90 {
 inline constexpr int kPassThreads = 256;
 inline constexpr int kPlacesPerCta = kPassThreads / 32;
 
+__device__ __forceinline__ DropoutWords find_dropout(const BackwardParams& p,
+                                                     const BatchIndex& batch, const Sequence& s) {
+  if (p.dropout.threshold == 0) return {};  // the state may be absent
+  const uint32_t* state = batch.of(p.dropout.state);
+  return {state[0], state[1], state[2] * static_cast<uint32_t>(p.num_sequences) + s.index};
+}
+
 // All lanes of a warp must call it together.
 template <int kBlockM, int kBlockN>
 __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, int index) {
@@ -50,6 +57,7 @@ __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, i
           .first_head = kv_head * group + (count > 0 ? next / count : 0),
           .first_tile = range.begin + (count > 0 ? next % count : 0),
           .num_steps = last - next,
+          .dropout = find_dropout(a.p, batch, s),
           .exists = true};
 }
 
@@ -88,7 +96,8 @@ __global__ void __launch_bounds__(kPassThreads)
   const int lane = threadIdx.x % kLanes, col = 8 * lane;
   const float inverse_dropout_scale = 1.0f / dropout_scale(p.dropout);
   constexpr int kTermRows = Traits::kTermRows;
-  char* const stats = reinterpret_cast<char*>(plan.stats) + int64_t{tile} * (16 * kBlockM);
+  char* const stats =
+      reinterpret_cast<char*>(plan.stats) + int64_t{tile} * (kPlanStatBytes * kBlockM);
   // What is no term, in the order of stats_index.
   float* const other_stats = reinterpret_cast<float*>(stats + 2 * kTermRows * kBlockM);
   __shared__ float terms[2][kBlockM];
@@ -152,6 +161,10 @@ __global__ void __launch_bounds__(kPassThreads)
         terms[1][row] = -delta;
       } else {
         other_stats[(kTermRows > 0 ? 0 : kBlockM) + stats_index(row)] = delta;
+      }
+      if constexpr (Traits::kHasDropout) {
+        reinterpret_cast<Element*>(stats + kMinusDelta<kBlockM>)[stats_index(row)] =
+            static_cast<Element>(fminf(fmaxf(-delta, -kLargest<Element>), kLargest<Element>));
       }
     }
   }

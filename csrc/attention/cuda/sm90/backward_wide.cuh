@@ -8,8 +8,8 @@
 // limits this head dim. A warp of a fourth brings the operands. docs/kernels/hopper_backward.md.
 #pragma once
 
-#include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_consumer.cuh"
+#include "attention/cuda/sm90/backward_dropout.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
 #include "attention/cuda/sm90/backward_wide_supply.cuh"
 #include "device/opaque.cuh"
@@ -20,9 +20,10 @@
 
 namespace jax_flash::attention::sm90 {
 
-template <typename Element_, int kHeadDim_>
+template <typename Element_, int kHeadDim_, bool kHasDropout_>
 struct WideTraits {
   using Element = Element_;
+  static constexpr bool kHasDropout = kHasDropout_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = 64, kBlockN = 128;  // queries of a step, keys of the pair
   static constexpr int kTermRows = 0;                // lse and delta come as they are
@@ -62,7 +63,9 @@ struct WideTraits {
       };
     };
     float stats[4][kBlockM];  // a slot each: lse beside Q, or delta beside dO; see stats_index
-    Step steps[4];            // a slot each, of a step's first
+    // Keys CTA, with dropout: -delta in 16 bits as well, in the same order.
+    alignas(16) uint32_t minus_delta[4][kHasDropout ? kBlockM / 2 : 1];
+    Step steps[4];  // a slot each, of a step's first
     KeyTilePlace places[2];
     // Those of both CTAs.
     ptx::Mbarrier place_full[2], place_empty[2];  // the latter the values CTA's, for both
@@ -84,7 +87,7 @@ __device__ __forceinline__ void initialise_wide_barriers(typename Traits::Smem& 
     ptx::mbarrier_init(smem.place_full[i], 1);
     // Of each CTA the consumers' and dQ's warps and the thread that looks after dS's way; and the
     // keys CTA's producer.
-    ptx::mbarrier_init(smem.place_empty[i], 2 * 13 + 1);
+    ptx::mbarrier_init(smem.place_empty[i], 2 * (12 * kWarpLanes + 1) + kWarpLanes);
     ptx::mbarrier_init(smem.p_empty[i], 4);
     ptx::mbarrier_init(smem.ds_full[i], 1);
     ptx::mbarrier_init(smem.p_full[i], 1);
@@ -92,7 +95,7 @@ __device__ __forceinline__ void initialise_wide_barriers(typename Traits::Smem& 
   }
   for (int i = 0; i < 4; ++i) {
     ptx::mbarrier_init(smem.full[i], 1);
-    ptx::mbarrier_init(smem.empty[i], 8);
+    ptx::mbarrier_init(smem.empty[i], 8 * kWarpLanes);
   }
   ptx::mbarrier_init(smem.keys_full, 1);
   ptx::mbarrier_init(smem.keys_empty, 8);
@@ -148,11 +151,8 @@ class WideConsumer {
         ptx::fence_async_shared();
         __syncwarp();  // All lanes have copied before the keys are loaded again.
       }
-      __syncwarp();  // All lanes have left the place.
-      if (device::thread_index() % 32 == 0) {
-        if (place.num_steps > 0) ptx::mbarrier_arrive(smem_.keys_empty);
-        ptx::mbarrier_arrive_at(smem_.place_empty[t % 2], 0);
-      }
+      if (place.num_steps > 0) release(smem_.keys_empty);
+      ptx::mbarrier_arrive_at(smem_.place_empty[t % 2], 0);
     }
   }
 
@@ -164,7 +164,7 @@ class WideConsumer {
   __device__ __forceinline__ void multiply(Scores& rD, float factor, int quad_lane) {
     begin_scores(rD, smem_.stats[ring_.stage], factor, quad_lane);
     const ptx::MatrixDescriptor a =
-        ptx::MatrixDescriptor(&smem_.keys, 0) + consumer_ * (4 * ptx::kRows16);
+        ptx::MatrixDescriptor(&smem_.keys, 0) + device::opaque(consumer_) * (4 * ptx::kRows16);
     const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&smem_.tiles[ring_.stage], 0);
     ptx::wgmma_pin(rD);
     ptx::wgmma_fence();
@@ -203,13 +203,30 @@ class WideConsumer {
     const int quad_lane = device::thread_index() % 4;
     Scores rS;
     Operand rP;
-    const float lse_factor = -1.0f / scale_log2;
+    DroppedBits dropped[1];  // with dropout, of the step at hand
+    const auto draw = [&] {
+      if constexpr (Traits::kHasDropout) {
+        const typename Traits::Step& step = smem_.steps[ring_.stage];
+        Ring<Traits::template kSlots<true>> dout = ring_;
+        dout.advance();
+        ptx::mbarrier_wait(smem_.full[dout.stage], dout.phase);
+        const DropoutWords words = place.dropout;
+        dropped[0] = draw_dropped<4>(words, a_.p.dropout.head_ids[step.head],
+                                     a_.p.dropout.threshold, step.row, s.first_row + warp_row());
+      }
+    };
     ptx::mbarrier_wait(smem_.keys_full, key_phase_);
     ptx::mbarrier_wait(smem_.full[ring_.stage], ring_.phase);
     ptx::wgmma_pin(rDV);
-    multiply(rS, lse_factor, quad_lane);
+    multiply(rS, a_.lse_factor, quad_lane);
+    bool is_first = true;
     while (true) {
+      draw();
+      ptx::wgmma_wait<1>();
+      ptx::wgmma_pin(rDV);
       const int q_slot = ring_.stage;
+      if (!is_first) release_read(smem_.empty[q_slot ^ 2 | 1]);  // of the step before
+      is_first = false;
       const typename Traits::Step& step = smem_.steps[q_slot];
       const bool is_full = step.is_full, is_last = step.is_last;
       ptx::wgmma_wait<0>();
@@ -218,32 +235,40 @@ class WideConsumer {
         mask_scores(rS, s, BlockMask(a_.p.mask, place.batch, step.head), s.first_row + warp_row(),
                     step.row);
       }
-      exponentiate<Element>(rS, rP, scale_log2);
+      exponentiate<Element, Traits::kHasDropout>(rS, rP, scale_log2);
       const uint32_t p_target = ptx::peer_address(&smem_.probabilities[consumer_][0][thread()], 1);
       const uint32_t p_full = ptx::peer_address(&smem_.p_full[consumer_], 1);
       // Two slots a step: the stage tells odd steps from even ones.
       ptx::mbarrier_wait(smem_.p_empty[consumer_], q_slot / 2 ^ 1);
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) ptx::store_async(p_target + j * 2048, rP[j], p_full);
-      __syncwarp();  // All lanes have read lse.
-      release(smem_.empty[q_slot]);
+      for (int j = 0; j < kGroups; ++j) {
+        if constexpr (Traits::kHasDropout) {
+          uint32_t rKept[4];
+          drop<Element>(rP[j], dropped, j, rKept);
+          ptx::store_async(p_target + j * 2048, rP[j], p_full);
+#pragma unroll
+          for (int word = 0; word < 4; ++word) rP[j][word] = rKept[word];
+        } else {
+          ptx::store_async(p_target + j * 2048, rP[j], p_full);
+        }
+      }
+      release_read(smem_.empty[q_slot]);
       ring_.advance();
 
       const int dout_slot = ring_.stage;
-      ptx::mbarrier_wait(smem_.full[dout_slot], ring_.phase);
+      if constexpr (!Traits::kHasDropout) {
+        ptx::mbarrier_wait(smem_.full[dout_slot], ring_.phase);
+      }
       accumulate(rDV, rP, smem_.tiles[dout_slot]);
       ring_.advance();
       if (is_last) {
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(rDV);
-        release(smem_.empty[dout_slot]);
+        release_read(smem_.empty[dout_slot]);
         break;
       }
       ptx::mbarrier_wait(smem_.full[ring_.stage], ring_.phase);
-      multiply(rS, lse_factor, quad_lane);
-      ptx::wgmma_wait<1>();
-      ptx::wgmma_pin(rDV);
-      release(smem_.empty[dout_slot]);
+      multiply(rS, a_.lse_factor, quad_lane);
     }
   }
 
@@ -263,14 +288,26 @@ class WideConsumer {
       take_probabilities(rP);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(rDP);
-      release(smem_.empty[dout_slot]);
+      if constexpr (!Traits::kHasDropout) release_read(smem_.empty[dout_slot]);
       ptx::mbarrier_wait(smem_.own_ds_empty, step_phase_ ^ 1);
       step_phase_ ^= 1;
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
-        differentiate<Element>(rDP, rP[j], j, rDS[j]);
+        if constexpr (Traits::kHasDropout) {
+          uint32_t rKept[4];
+#pragma unroll
+          for (int word = 0; word < 4; ++word) {
+            rKept[word] = kept_part<Element>(rP[j][word] & 0x7fff7fffu, rP[j][word]);
+          }
+          differentiate<Element>(rDP, rP[j], rKept,
+                                 load_minus_delta(smem_.minus_delta[dout_slot], j), j, rDS[j]);
+        } else {
+          differentiate<Element>(rDP, rP[j], j, rDS[j]);
+        }
         ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
       }
+      // With dropout -delta has been read only now.
+      if constexpr (Traits::kHasDropout) release_read(smem_.empty[dout_slot]);
       ptx::fence_async_shared();
       __syncwarp();  // All lanes' elements are written and fenced.
       release(smem_.own_ds_full);
@@ -282,14 +319,14 @@ class WideConsumer {
       if (is_last) {
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(rDK);
-        release(smem_.empty[q_slot]);
+        release_read(smem_.empty[q_slot]);
         break;
       }
       ptx::mbarrier_wait(smem_.full[ring_.stage], ring_.phase);
       multiply(rDP, -1.0f, quad_lane);
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(rDK);
-      release(smem_.empty[q_slot]);
+      release_read(smem_.empty[q_slot]);
     }
   }
   // P of a step, from the values CTA, whose next may then come.
