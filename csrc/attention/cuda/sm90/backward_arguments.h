@@ -17,13 +17,21 @@ struct alignas(16) KeyTilePlace {
   float *dq_sum, *dkv_sum;  // dkv_sum: of this tile and split; nullptr: dK and dV leave whole
   int query_tile;  // of head 0 and the sequence's first rows: [batches, heads, query_slots]
   int kv_head, first_head, first_tile, num_steps;
+  // Of the range: the tiles that no key tile before this one sees, and those that none after it
+  // does (backward_column.cuh).
+  int first_unseen, end_of_complete;
   bool exists;  // or this is the end of the list
 };
+
+// A CTA has all key tiles of a column, in order: backward_column.cuh.
+template <class Traits>
+inline constexpr bool kTakesColumns = false;
 
 struct BackwardArguments {
   BackwardParams p;
   BackwardPlan plan;
   OperandMap q, k, v, dout;
+  OperandMap dk, dv;  // 16 rows; of backward_column.cuh
   // Key tiles are numbered by section, slot, column of the section: the slots of `section` columns
   // (batch entry, kv head) pass by together, the first slots, which a causal mask makes the
   // longest, first.

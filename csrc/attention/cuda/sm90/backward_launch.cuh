@@ -5,6 +5,7 @@
 #include "attention/cuda/instances.h"
 #include "attention/cuda/scheduler.cuh"
 #include "attention/cuda/sm90/backward.cuh"
+#include "attention/cuda/sm90/backward_column.cuh"
 #include "attention/cuda/sm90/backward_passes.cuh"
 #include "attention/cuda/sm90/backward_supplier.cuh"
 #include "attention/cuda/sm90/backward_wide.cuh"
@@ -21,6 +22,26 @@ inline int section_columns(const Problem& p, int64_t columns, int head_dim) {
   return section;
 }
 
+#ifndef PDL
+#define PDL 0
+#endif
+// Launches a kernel that may begin while the one before it in the stream ends.
+template <typename Kernel>
+cudaError_t launch_dependent(Kernel* kernel, int64_t ctas, int threads, int shared_bytes,
+                             cudaStream_t stream, const BackwardArguments& a, bool pdl) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = pdl;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(ctas);
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, a);
+}
+
 template <class Traits, typename Kernel>
 const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel* kernel) {
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
@@ -35,7 +56,9 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   const int64_t query_tiles = plan.batches * p.heads * plan.query_slots;
   if (num_places > INT32_MAX / 2 || query_tiles > INT32_MAX / 2) return kNotCovered;
   a.num_places = static_cast<int>(num_places);
-  a.section = section_columns(p, columns, Traits::kHeadDim);
+  // A CTA, or a cluster of them, has a key tile at a time, or a column.
+  constexpr bool kColumns = kTakesColumns<Traits>;
+  a.section = kColumns ? 1 : section_columns(p, columns, Traits::kHeadDim);
 
   if (plan.bytes > p.workspace_bytes) {
     return "jax_flash: workspace: smaller than the CUDA backward needs";
@@ -48,6 +71,10 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
       !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, kBlockN, a.k) ||
       !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, kBlockN, a.v) ||
       !make_operand_map(p, p.dout, p.seq_q, p.heads, p.value_dim, kBlockM, a.dout)) {
+    return kNotCovered;
+  }
+  if (kColumns && (!make_operand_map(p, p.dk, p.seq_k, p.kv_heads, p.head_dim, 16, a.dk) ||
+                   !make_operand_map(p, p.dv, p.seq_k, p.kv_heads, p.value_dim, 16, a.dv))) {
     return kNotCovered;
   }
 
@@ -63,19 +90,45 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   prepare_kernel<Traits>
       <<<static_cast<unsigned>(query_tiles + ceil_div(num_places + 1, kPlacesPerCta)), kPassThreads,
          0, stream>>>(a);
-  // CTAs, or clusters of them, each with a key tile at a time.
-  const int64_t workers = std::min<int64_t>(num_places, multiprocessors / Traits::kClusterSize);
-  kernel<<<static_cast<unsigned>(workers * Traits::kClusterSize), Traits::kThreads, kSharedBytes,
-           stream>>>(a);
+  const int64_t workers =
+      std::min<int64_t>(kColumns ? columns : num_places, multiprocessors / Traits::kClusterSize);
+  if (const cudaError_t error = launch_dependent(kernel, workers * Traits::kClusterSize, Traits::kThreads,
+                                        kSharedBytes, stream, a, PDL >= 1);
+      error != cudaSuccess) {
+    return cudaGetErrorString(error);
+  }
+  if (kColumns) return launch_status();
   const int64_t finish_ctas = query_tiles + (plan.key_splits > 1 ? 2 * key_tiles : 0);
-  finish_kernel<Traits><<<static_cast<unsigned>(finish_ctas), kPassThreads, 0, stream>>>(a);
+  if (const cudaError_t error = launch_dependent(finish_kernel<Traits>, finish_ctas, kPassThreads, 0, stream, a, PDL >= 2);
+      error != cudaSuccess) {
+    return cudaGetErrorString(error);
+  }
   return launch_status();
+}
+
+#ifndef COLUMN_ROWS
+#define COLUMN_ROWS 1024
+#endif
+// Should a CTA have whole columns?
+inline bool suits_columns(const BackwardParams& p, const BackwardPlan& plan) {
+  const MaskParams& mask = p.mask;
+  const bool has_lengths = mask.varlen || mask.query_lengths.data != nullptr ||
+                           mask.key_lengths.data != nullptr || mask.causal_offset.data != nullptr;
+  const bool is_full = mask.window_right >= p.seq_k && mask.window_left >= p.seq_q;
+  // Every query sees a key: who completes dQ's sums writes them.
+  if (has_lengths || (p.seq_q != p.seq_k && !is_full)) return false;
+  return p.seq_q <= COLUMN_ROWS && plan.key_splits == 1;
 }
 
 // Queries of a step and stages by head dim.
 template <typename Element, int kHeadDim>
 const char* choose_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim == 64) {
+    using Columns = ColumnTraits<Element>;
+    if (suits_columns(p, make_backward_plan(p, Columns::kBlockM, Columns::kBlockN))) {
+      const char* error = launch_backward<Columns>(p, stream, column_kernel<Columns>);
+      if (error != kNotCovered) return error;
+    }
     using Traits = SupplierTraits<Element, 64, 128, 2>;
     return launch_backward<Traits>(p, stream, supplier_kernel<Traits>);
   } else if constexpr (kHeadDim == 256) {
