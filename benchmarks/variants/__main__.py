@@ -43,6 +43,8 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in "causal window_left is_fp16 deterministic".split()),
         ("num_sequences", ctypes.c_int64),
         ("cu_seqlens", ctypes.c_void_p),
+        ("threshold", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("state", "head_ids")),
     ]
 
 
@@ -98,16 +100,38 @@ def _stream() -> int:
 # Calls --------------------------------------------------------------------------------------------
 
 
+KEY = (0x2468ACE, 0x13579BDF)  # of dropout
+
+
+def wide(a: int, b):
+    """The high and low words of 32 x 32 bit products, from halves of b: int64 has 63 bits."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    total = (low >> 16) + (high & 0xFFFFFFFF)
+    return (total >> 16) + (high >> 32 << 16), (total & 0xFFFF) << 16 | low & 0xFFFF
+
+
 class Problem:
     """Random operands of one call on the GPU, results full of NaN, and the Call that names them."""
 
     def __init__(
-        self, batch, seq_q, seq_k, heads, kv_heads, head_dim, *, causal=0, left=-1, bounds=()
+        self,
+        batch,
+        seq_q,
+        seq_k,
+        heads,
+        kv_heads,
+        head_dim,
+        *,
+        causal=0,
+        left=-1,
+        bounds=(),
+        dropout=0.0,
     ):
         self.shape = dict(batch=batch, seq_q=seq_q, seq_k=seq_k)
         self.shape |= dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         self.options = dict(causal=causal, window_left=left)
         self.bounds = bounds  # cu_seqlens of queries and keys; (): dense
+        self.threshold = round(dropout * 65536)
 
     def fill(self, fp16=False, deterministic=False, seed=0, scores=0.0):
         """`scores`: what all queries and keys have in common, to move the scores up or down."""
@@ -135,6 +159,9 @@ class Problem:
         if self.bounds:
             bounds = torch.tensor(self.bounds, device=DEVICE, dtype=torch.int32)
             self.arrays["cu_seqlens"] = bounds
+        state = [[KEY[0], KEY[1], entry, 0] for entry in range(batch)]
+        self.arrays["state"] = torch.tensor(state, device=DEVICE, dtype=torch.int32)
+        self.arrays["head_ids"] = torch.arange(heads, device=DEVICE, dtype=torch.int32)
         pointers = {name: x.data_ptr() for name, x in self.arrays.items()}
         self.call = Call(
             **pointers,
@@ -144,6 +171,7 @@ class Problem:
             is_fp16=fp16,
             deterministic=deterministic,
             num_sequences=self.num_sequences,
+            threshold=self.threshold,
         )
         return self
 
@@ -175,6 +203,35 @@ class Problem:
             ok &= difference >= -self.options["window_left"]
         return ok
 
+    def kept(self):
+        """[batch, heads, seq_q, seq_k]: what dropout keeps, by csrc/common/philox.h."""
+        import torch
+
+        def axis(name, dim):
+            size = self.shape[name]
+            return torch.arange(size, device=DEVICE).view([-1 if i == dim else 1 for i in range(4)])
+
+        i, j, head, entry = (
+            axis(*x) for x in (("seq_q", 2), ("seq_k", 3), ("heads", 1), ("batch", 0))
+        )
+        if self.bounds:  # rows and columns count from their sequence's start
+            bounds = self.arrays["cu_seqlens"].long()
+            of_i, of_j = (
+                torch.bucketize(x, bounds[1:], right=True).clamp_max(self.num_sequences - 1)
+                for x in (i, j)
+            )
+            i, j = (i - bounds[of_i]).clamp_min(0), (j - bounds[of_j]).clamp_min(0)
+            entry = entry * self.num_sequences + of_i
+        x, y, z, w = j // 16 * 4 + j % 8 // 2, i // 16 * 8 + i % 8, head, entry
+        key0, key1 = KEY
+        for _ in range(7):
+            (high0, low0), (high1, low1) = wide(0xD2511F53, x), wide(0xCD9E8D57, z)
+            x, y, z, w = high1 ^ y ^ key0, low1, high0 ^ w ^ key1, low0
+            key0, key1 = (key0 + 0x9E3779B9) % 2**32, (key1 + 0xBB67AE85) % 2**32
+        is_right, is_lower = j & 8 != 0, i & 8 != 0
+        word = torch.where(is_lower, torch.where(is_right, w, z), torch.where(is_right, y, x))
+        return (word >> 16 * (j & 1) & 0xFFFF) >= self.threshold
+
     def reference(self, dtype) -> dict:
         """All results in `dtype`, by plain torch."""
         import torch
@@ -186,7 +243,10 @@ class Problem:
         s = torch.einsum("btnh,bsnh->bnts", q, keys) / math.sqrt(self.shape["head_dim"])
         s = s.masked_fill(~ok, -math.inf)
         p = torch.where(ok.any(-1)[:, None], torch.softmax(s, -1), torch.zeros_like(s))
-        out = torch.einsum("bnts,bsnh->btnh", p, values)
+        dropped = p
+        if self.threshold:
+            dropped = p * self.kept() * (65536 / (65536 - self.threshold))
+        out = torch.einsum("bnts,bsnh->btnh", dropped, values)
         out.backward(self.arrays["dout"].to(dtype))
         lse = torch.logsumexp(s.double(), -1)
         found = dict(o=out, lse=lse, dq=q.grad, dk=k.grad, dv=v.grad)
@@ -217,6 +277,12 @@ def problems(head_dim: int, direction: str):
         ([0, 128, 384, 390, 1003], dict()),
     ):
         yield Problem(1, 1003, 1003, 4, 2, head_dim, bounds=bounds, **options), dict()
+    for (batch, *shape), options in shapes[1:]:
+        for fp16 in (False, True):
+            problem = Problem(min(batch, 10), *shape, head_dim, dropout=0.2, **options)
+            yield problem, dict(fp16=fp16)
+    bounds = [0, 5, 5, 400, 401, 900, 1003]
+    yield Problem(1, 1003, 1003, 4, 2, head_dim, bounds=bounds, causal=1, dropout=0.2), dict()
     if direction == "forward":  # scores far above and below what a job begins with
         for scores in (1.5, -1.5, 3.0, -3.0):
             yield Problem(2, 512, 512, 3, 3, head_dim, causal=1), dict(scores=scores)
@@ -272,6 +338,7 @@ def check(args) -> int:
                     if found := faults(problem, call, direction, exact, plain):
                         bad += 1
                         what = {**problem.shape, **problem.options, **options}
+                        what["threshold"] = problem.threshold
                         print(f"{name} {direction} {what}: {', '.join(found)}", flush=True)
     print(f"{bad} of {count} calls are wrong")
     return int(bad > 0 or count == 0)
@@ -324,6 +391,7 @@ def time_one(args, direction: str, head_dim: int, seq: int, causal: int) -> str:
         head_dim,
         causal=causal,
         left=args.left,
+        dropout=args.dropout,
     ).fill(deterministic=args.deterministic)
     functions = {}
     for name in args.names:
@@ -388,6 +456,7 @@ def main(argv=None) -> int:
     runs.add_argument("--seqs", type=numbers, default=[512, 1024, 2048, 4096, 8192, 16384])
     runs.add_argument("--kv-heads", type=int, default=0, help="default: as many as query heads")
     runs.add_argument("--left", type=int, default=-1, help="keys before a query; default: all")
+    runs.add_argument("--dropout", type=float, default=0.0, help="the variants', not cuDNN's")
     runs.add_argument("--deterministic", action="store_true")
     runs.add_argument("--no-cudnn", dest="cudnn", action="store_false")
     runs.add_argument("--rounds", type=int, default=5)

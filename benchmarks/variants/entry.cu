@@ -23,6 +23,9 @@ struct Call {
   int64_t is_fp16, deterministic;
   int64_t num_sequences;  // 0: dense
   const int32_t* cu_seqlens;
+  int64_t threshold;         // of dropout; 0: none
+  const uint32_t* state;     // [batch, 4]: of DropoutParams
+  const uint32_t* head_ids;  // [heads]
 };
 
 template <typename Void>
@@ -63,6 +66,10 @@ Params params_of(const Call& c) {
     p.num_sequences = c.num_sequences;
     p.mask.query_lengths.data = p.mask.key_lengths.data = c.cu_seqlens;
   }
+  p.dropout.threshold = static_cast<uint32_t>(c.threshold);
+  p.dropout.state.data = c.state;
+  p.dropout.state.batch.stride[2] = 4;
+  p.dropout.head_ids = c.head_ids;
   p.q = view<const void>(c.q, c.seq_q, c.heads, c.head_dim);
   p.k = view<const void>(c.k, c.seq_k, c.kv_heads, c.head_dim);
   p.v = view<const void>(c.v, c.seq_k, c.kv_heads, c.head_dim);
@@ -82,7 +89,9 @@ const char* run_as(const Call& c, cudaStream_t stream) {
   p.workspace = c.workspace;
   p.workspace_bytes = c.workspace_bytes;
   p.deterministic = c.deterministic != 0;
-  return sm90::choose_backward<Element, VARIANT_HEAD_DIM>(p, stream);
+  const auto run = c.threshold > 0 ? sm90::choose_backward<Element, VARIANT_HEAD_DIM, true>
+                                   : sm90::choose_backward<Element, VARIANT_HEAD_DIM, false>;
+  return run(p, stream);
 }
 #else
 template <typename Element>

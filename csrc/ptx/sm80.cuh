@@ -115,4 +115,14 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// "Integer arithmetic instructions: prmt", with a constant selector of four nibbles, lowest byte
+// first: bits 0 to 2 choose a byte of a (0 to 3) or b (4 to 7); bit 3 takes its sign, eight times.
+// NOTE: __byte_perm has no use for bit 3.
+template <uint32_t kSelector>
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "n"(kSelector));
+  return d;
+}
+
 }  // namespace jax_flash::ptx

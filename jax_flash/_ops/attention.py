@@ -225,7 +225,7 @@ def cuda_backward_workspace(config, *operands) -> int:
     sums = dq_buffers * dq_bytes + (key_splits * dkv_bytes if key_splits > 1 else 0)
     places = 128 * (columns * key_splits * slots(seq_k, 64) + 1)
     counters = -(-(4 + 2 * batch * heads * slots(seq_q, 64)) // 4) * 16
-    return 16 * rows + sums + places + counters
+    return 18 * rows + sums + places + counters
 
 
 def _refuse(platform: str):

@@ -13,6 +13,7 @@
 namespace jax_flash::attention {
 
 inline constexpr int kPlanQueries = 64, kPlanKeys = 128;     // nominal tiles
+inline constexpr int64_t kPlanStatBytes = 18;                // of a row
 inline constexpr int64_t kPlanPlaceBytes = 128;              // of an sm_90a key tile's entry
 inline constexpr int64_t kPlanCtas = 264;                    // two a multiprocessor of an H200
 inline constexpr int64_t kPlanDqBytes = int64_t{512} << 20;  // the most that dq_buffers may take
@@ -29,7 +30,7 @@ struct BackwardPlan {
 
   // Workspace. The rows are those of whole slots; inside a slot the elements of a sum lie in the
   // order of the kernel's accumulators: [register][thread].
-  // [batches, heads, query_slots, kBlockM * 16 bytes]: lse * log2(e) and delta of each row, or on
+  // [batches, heads, query_slots, kBlockM * 18 bytes]: lse * log2(e) and delta of each row, or on
   // sm_90a what backward_terms.cuh says.
   float2* stats = nullptr;
   float* dq_sum = nullptr;   // [dq_buffers, batches, heads, query_slots, kBlockM * head_dim]
@@ -84,7 +85,7 @@ inline BackwardPlan make_backward_plan(const BackwardParams& p, int block_m, int
   }
 
   // Lay out the workspace; float2 first, everything a multiple of 16 bytes.
-  const int64_t stats_bytes = plan.batches * p.heads * plan.query_slots * block_m * 16;
+  const int64_t stats_bytes = plan.batches * p.heads * plan.query_slots * block_m * kPlanStatBytes;
   const int64_t dq_bytes = plan.dq_buffers * plan.dq_elements * 4;
   const int64_t dkv_bytes = plan.key_splits > 1 ? plan.key_splits * 2 * plan.dkv_elements * 4 : 0;
   char* base = static_cast<char*>(p.workspace);

@@ -10,8 +10,8 @@
 // memory. docs/kernels/hopper_backward.md shows who waits for whom.
 #pragma once
 
-#include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_consumer.cuh"
+#include "attention/cuda/sm90/backward_dropout.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
 #include "device/opaque.cuh"
 #include "device/shared_tile.cuh"
@@ -20,9 +20,10 @@
 
 namespace jax_flash::attention::sm90 {
 
-template <typename Element_, int kHeadDim_, int kBlockM_, int kStages_>
+template <typename Element_, int kHeadDim_, int kBlockM_, int kStages_, bool kHasDropout_>
 struct BackwardTraits {
   using Element = Element_;
+  static constexpr bool kHasDropout = kHasDropout_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = kBlockM_;  // queries of a step
   static constexpr int kBlockN = 128;       // keys of the CTA, 64 a warpgroup
@@ -45,6 +46,7 @@ struct BackwardTraits {
   struct Step {
     int head, row;
     bool is_full, is_last;
+    int next_head, next_row;  // whose dropout is drawn in this step
   };
   // What those who add to dQ must know, in a ring as well: while they have not handed back a block,
   // the consumers keep the stage of the step after the next, and the producer is two further on.
@@ -56,6 +58,8 @@ struct BackwardTraits {
     WeightTile weights[2];          // of the terms of S and of dP
     ScoreTile ds[2];                // in the end: dK and dV on their way out
     float dq[kConsumers][64 * 64];  // a warpgroup's block of dQ, [n][thread][4]
+    // -delta in 16 bits, where dropout leaves nothing else of dP, in the order of stats_index.
+    alignas(16) uint32_t minus_delta[kStages][kHasDropout ? kBlockM / 2 : 1];
     Step steps[kStages];
     DqTarget targets[kTargets];
     bool is_end[kConsumers];  // for those who add to dQ: no block, that was all
@@ -135,7 +139,8 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
     while (true) {
       const int stage = ring.stage, row = query_tile * kBlockM;
       const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
-      const char* stats = reinterpret_cast<char*>(a.plan.stats) + int64_t{sum} * (16 * kBlockM);
+      const char* stats =
+          reinterpret_cast<char*>(a.plan.stats) + int64_t{sum} * (kPlanStatBytes * kBlockM);
       constexpr uint32_t kBytes = sizeof(typename Traits::QueryTile);
 
       ptx::mbarrier_wait(smem.q_empty[stage], ring.phase ^ 1);
@@ -145,18 +150,29 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
       step.row = row;
       step.is_full = place.range.is_full(query_tile);
       step.is_last = steps == 1;
+      const bool is_last_tile = query_tile + 1 == place.range.end;
+      if constexpr (Traits::kHasDropout) {
+        step.next_head = head + (is_last_tile && steps > 1 ? 1 : 0);
+        step.next_row = (is_last_tile ? place.range.begin : query_tile + 1) * kBlockM;
+      }
       ptx::mbarrier_arrive_expect(smem.q_full[stage], kBytes + 2 * Traits::kTermRows * kBlockM);
       load_tile(smem.q[stage], a.q, place.batch, head, place.sequence.query_start + row,
                 smem.q_full[stage], ptx::L2Hint::kEvictLast);
       load_terms<Traits::kTermRows>(smem.terms[stage], stats, smem.q_full[stage]);
 
       ptx::mbarrier_wait(smem.dout_empty[stage], ring.phase ^ 1);
-      ptx::mbarrier_arrive_expect(smem.dout_full[stage], kBytes);
+      constexpr uint32_t kDeltaBytes = Traits::kHasDropout ? 2 * kBlockM : 0;
+      ptx::mbarrier_arrive_expect(smem.dout_full[stage], kBytes + kDeltaBytes);
       load_tile(smem.dout[stage], a.dout, place.batch, head, place.sequence.query_start + row,
                 smem.dout_full[stage], ptx::L2Hint::kEvictLast);
+      if constexpr (Traits::kHasDropout) {
+        ptx::bulk_load(smem.minus_delta[stage], stats + kMinusDelta<kBlockM>, kDeltaBytes,
+                       smem.dout_full[stage]);
+      }
       ring.advance();
       if (--steps == 0) break;
-      if (++query_tile == place.range.end) {
+      ++query_tile;
+      if (is_last_tile) {
         query_tile = place.range.begin;
         ++head;
       }
@@ -251,6 +267,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
     if (place.num_steps > 0) {
       float rS[kBlockM / 8][4], rDP[kBlockM / 8][4], rDQ[8][4];
       uint32_t rP[kBlockM / 16][4], rDS[kBlockM / 16][4];
+      KeptBits kept[kBlockM / 64];  // with dropout: of the step whose P is next
       const auto wait_for_queries = [&](QueryTile& queries, ptx::Mbarrier& full) {
         ptx::mbarrier_wait(full, ring.phase);
         if (const int rows = s.query_length - smem.steps[ring.stage].row; rows < kBlockM) {
@@ -277,6 +294,14 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         }
         exponentiate<Element>(rS, rP, scale_log2);
       };
+      // What is kept of the step of `head` and `row`.
+      const auto draw = [&](int head, int row) {
+        if constexpr (Traits::kHasDropout) {
+          const DropoutWords words = place.dropout;
+          kept[0] = draw_kept(words, a.p.dropout.head_ids[head], Threshold(a.p.dropout.threshold),
+                              row, s.first_row + warp_row);
+        }
+      };
       // Writes the finished block of dQ, and hands it to the thread that adds it to the sums.
       const auto write_dq = [&] {
         ptx::wgmma_pin(rDQ);
@@ -299,6 +324,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
       ptx::wgmma_pin(rDK);
       ptx::wgmma_pin(rDV);
       multiply_keys_queries(rS, ring.stage);
+      draw(place.first_head, place.first_tile * kBlockM);
       wait_for_keys(smem.v, smem.v_full);
       wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
       ptx::wgmma_wait<0>();
@@ -309,9 +335,17 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
       while (true) {
         // In flight: dP. dV runs while dP becomes dS.
         const int stage = ring.stage;
-        accumulate<Element>(rDV, rP, smem.dout[stage]);
+        const KeptBits kept_now[] = {kept[0]};
+        uint32_t rDropped[kBlockM / 16][4];
+        if constexpr (Traits::kHasDropout) {
+          drop(rP, kept_now, rDropped);
+          accumulate<Element>(rDV, rDropped, smem.dout[stage]);
+        } else {
+          accumulate<Element>(rDV, rP, smem.dout[stage]);
+        }
         ptx::wgmma_commit();
         if (dq_is_written) send_dq();  // the last step's; the fence waits under dP
+        draw(smem.steps[stage].next_head, smem.steps[stage].next_row);
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDP);
         ScoreTile& ds = smem.ds[ds_ring.stage];
@@ -319,7 +353,11 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
             ds, device::LdmatrixAddress<ScoreTile>::Order::kRowsFirst, warp_row);
 #pragma unroll
         for (int j = 0; j < kBlockM / 16; ++j) {
-          differentiate<Element>(rDP, rP[j], j, rDS[j]);
+          if constexpr (Traits::kHasDropout) {
+            differentiate<Element>(rDP, rP[j], kept_now, smem.minus_delta[stage], j, rDS[j]);
+          } else {
+            differentiate<Element>(rDP, rP[j], j, rDS[j]);
+          }
           ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
         }
         // dK, issued before the fence that waits for the stores, and the next step's S behind it.

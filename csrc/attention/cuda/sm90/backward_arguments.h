@@ -7,6 +7,11 @@
 
 namespace jax_flash::attention::sm90 {
 
+// What dropout's draws begin with (common/philox.h).
+struct DropoutWords {
+  uint32_t key0, key1, batch;
+};
+
 // What a CTA does at one go: for a key tile, `num_steps` of the (head of the group, query tile of
 // the range), from (first_head, first_tile) on: all of them, or where key_splits CTAs share them, a
 // part. Found by the prepare kernel, since the producer warp has no registers to look for it.
@@ -14,12 +19,13 @@ struct alignas(16) KeyTilePlace {
   Sequence sequence;
   BatchIndex batch;
   TileRange range;
-  float *dq_sum, *dkv_sum;  // dkv_sum: of this tile and split; nullptr: dK and dV leave whole
+  float* dkv_sum;  // of this tile and split; nullptr: dK and dV leave whole
   int query_tile;  // of head 0 and the sequence's first rows: [batches, heads, query_slots]
   int kv_head, first_head, first_tile, num_steps;
   // Of the range: the tiles that no key tile before this one sees, and those that none after it
   // does (backward_column.cuh).
   int first_unseen, end_of_complete;
+  DropoutWords dropout;
   bool exists;  // or this is the end of the list
 };
 
@@ -43,6 +49,10 @@ struct BackwardArguments {
   // waits for tiles that others have taken.
   int* additions = nullptr;
 };
+
+// Where -delta in 16 bits, for dropout, begins among a tile's stats, in bytes.
+template <int kBlockM>
+inline constexpr int kMinusDelta = 16 * kBlockM;
 
 // Where lse or delta of a tile's row lies among the tile's: each lane of a quad finds those of its
 // columns of 16 queries of S^T, 2q, 2q + 1, 2q + 8 and 2q + 9, in one 16-byte load.

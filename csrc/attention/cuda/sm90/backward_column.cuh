@@ -21,6 +21,7 @@ template <typename Element_>
 struct ColumnTraits {
   using Element = Element_;
   static constexpr int kHeadDim = 64;
+  static constexpr bool kHasDropout = false;
   static constexpr int kBlockM = 128;  // queries of a step
   static constexpr int kBlockN = 128;  // keys of a tile, 64 a warpgroup
   static constexpr int kStages = 2;    // Q, dO and dS tiles in shared memory

@@ -91,7 +91,7 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
     const int own_tile = (static_cast<int>(blockIdx.x) * group + head - place.first_head) *
                              query_slots + query_tile;
     const int64_t tile = place.query_tile + head * query_slots + query_tile;
-    const char* stats = reinterpret_cast<char*>(a.plan.stats) + tile * (16 * kBlockM);
+    const char* stats = reinterpret_cast<char*>(a.plan.stats) + tile * (kPlanStatBytes * kBlockM);
     constexpr uint32_t kTermBytes = 2 * Traits::kTermRows * kBlockM;
     constexpr uint32_t kDeltaBytes = kBlockM * sizeof(float);
     ptx::Mbarrier &q_full = smem.q_full[stage], &dout_full = smem.dout_full[stage];

@@ -48,7 +48,8 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   BackwardArguments a{p, make_backward_plan(p, kBlockM, kBlockN)};
   BackwardPlan& plan = a.plan;
   if ((p.deterministic && !Traits::kAddsInOrder) || p.mask.block_mask.data != nullptr ||
-      p.dropout.threshold > 0 || !(p.scale >= kMinTermScale<typename Traits::Element>)) {
+      Traits::kHasDropout != (p.dropout.threshold > 0) ||
+      !(p.scale >= kMinTermScale<typename Traits::Element>)) {
     return kNotCovered;
   }
   const int64_t columns = plan.batches * p.kv_heads, key_tiles = columns * plan.key_slots;
@@ -121,21 +122,23 @@ inline bool suits_columns(const BackwardParams& p, const BackwardPlan& plan) {
 }
 
 // Queries of a step and stages by head dim.
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, bool kHasDropout>
 const char* choose_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim == 64) {
-    using Columns = ColumnTraits<Element>;
-    if (suits_columns(p, make_backward_plan(p, Columns::kBlockM, Columns::kBlockN))) {
-      const char* error = launch_backward<Columns>(p, stream, column_kernel<Columns>);
-      if (error != kNotCovered) return error;
+    if constexpr (!kHasDropout) {
+      using Columns = ColumnTraits<Element>;
+      if (suits_columns(p, make_backward_plan(p, Columns::kBlockM, Columns::kBlockN))) {
+        const char* error = launch_backward<Columns>(p, stream, column_kernel<Columns>);
+        if (error != kNotCovered) return error;
+      }
     }
-    using Traits = SupplierTraits<Element, 64, 128, 2>;
+    using Traits = SupplierTraits<Element, 64, 128, 2, kHasDropout>;
     return launch_backward<Traits>(p, stream, supplier_kernel<Traits>);
   } else if constexpr (kHeadDim == 256) {
-    using Traits = WideTraits<Element, 256>;
+    using Traits = WideTraits<Element, 256, kHasDropout>;
     return launch_backward<Traits>(p, stream, wide_kernel<Traits>);
   } else {
-    using Traits = BackwardTraits<Element, kHeadDim, 64, 2>;
+    using Traits = BackwardTraits<Element, kHeadDim, 64, 2, kHasDropout>;
     return launch_backward<Traits>(p, stream, backward_kernel<Traits>);
   }
 }

@@ -16,16 +16,25 @@ namespace jax_flash::attention::sm90 {
 inline constexpr int kPassThreads = 256;
 inline constexpr int kPlacesPerCta = kPassThreads / 32;
 
+__device__ __forceinline__ DropoutWords find_dropout(const BackwardParams& p,
+                                                     const BatchIndex& batch, const Sequence& s) {
+  if (p.dropout.threshold == 0) return {};  // the state may be absent
+  const uint32_t* state = batch.of(p.dropout.state);
+  return {state[0], state[1], state[2] * static_cast<uint32_t>(p.num_sequences) + s.index};
+}
+
 // All lanes of a warp must call it together.
-template <int kBlockM, int kBlockN>
+template <class Traits>
 __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, int index) {
+  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   const uint32_t splits = a.plan.key_splits, split = index % splits, tile = index / splits;
   const uint32_t section = a.section, slots = a.plan.key_slots;
   const uint32_t in_section = tile % (section * slots);
   const uint32_t column = tile / (section * slots) * section + in_section % section;
   // The last key tiles first where the order of the list is that of the additions to dQ: under a
   // causal mask they see the fewest queries, and nobody needs to wait for them.
-  const uint32_t slot = a.p.deterministic ? slots - 1 - in_section / section : in_section / section;
+  const bool descends = a.p.deterministic && !kTakesColumns<Traits>;
+  const uint32_t slot = descends ? slots - 1 - in_section / section : in_section / section;
   const uint32_t kv_heads = a.p.kv_heads, heads = a.p.heads, batch_index = column / kv_heads;
   const BatchIndex batch(a.p, batch_index);
   const Sequence s = find_sequence(a.p, batch, Axis::kKey, kBlockN, static_cast<int>(slot));
@@ -48,7 +57,6 @@ __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, i
   return {.sequence = s,
           .batch = batch,
           .range = range,
-          .dq_sum = a.plan.dq_sum,
           .dkv_sum = dkv_sum,
           .query_tile = query_tile,
           .kv_head = kv_head,
@@ -57,6 +65,7 @@ __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, i
           .num_steps = last - next,
           .first_unseen = slot > 0 ? neighbour(-1).end : range.begin,
           .end_of_complete = slot + 1 < slots ? neighbour(1).begin : range.end,
+          .dropout = find_dropout(a.p, batch, s),
           .exists = true};
 }
 
@@ -86,7 +95,7 @@ __global__ void __launch_bounds__(kPassThreads)
     if (index == 0 && threadIdx.x == 0) *a.next_tile = 0;
     if (index == a.num_places && threadIdx.x % 32 == 0) a.places[index].exists = false;
     if (index >= a.num_places) return;
-    const KeyTilePlace place = find_place<kBlockM, Traits::kBlockN>(a, index);
+    const KeyTilePlace place = find_place<Traits>(a, index);
     if (threadIdx.x % 32 == 0) a.places[index] = place;
     return;
   }
@@ -98,7 +107,8 @@ __global__ void __launch_bounds__(kPassThreads)
   const int lane = threadIdx.x % kLanes, col = 8 * lane;
   const float inverse_dropout_scale = 1.0f / dropout_scale(p.dropout);
   constexpr int kTermRows = Traits::kTermRows;
-  char* const stats = reinterpret_cast<char*>(plan.stats) + int64_t{tile} * (16 * kBlockM);
+  char* const stats =
+      reinterpret_cast<char*>(plan.stats) + int64_t{tile} * (kPlanStatBytes * kBlockM);
   // What is no term, in the order of stats_index.
   float* const other_stats = reinterpret_cast<float*>(stats + 2 * kTermRows * kBlockM);
   __shared__ float terms[2][kBlockM];
@@ -164,6 +174,10 @@ __global__ void __launch_bounds__(kPassThreads)
         terms[1][row] = -delta;
       } else {
         other_stats[(kTermRows > 0 ? 0 : kBlockM) + stats_index(row)] = delta;
+      }
+      if constexpr (Traits::kHasDropout) {
+        reinterpret_cast<Element*>(stats + kMinusDelta<kBlockM>)[stats_index(row)] =
+            static_cast<Element>(-delta);
       }
     }
   }

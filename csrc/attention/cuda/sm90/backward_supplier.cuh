@@ -4,8 +4,8 @@
 // docs/kernels/hopper_backward.md.
 #pragma once
 
-#include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_consumer.cuh"
+#include "attention/cuda/sm90/backward_dropout.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
 #include "attention/cuda/sm90/backward_supply.cuh"
 #include "device/shared_tile.cuh"
@@ -14,9 +14,10 @@
 
 namespace jax_flash::attention::sm90 {
 
-template <typename Element_, int kHeadDim_, int kBlockM_, int kStages_>
+template <typename Element_, int kHeadDim_, int kBlockM_, int kStages_, bool kHasDropout_>
 struct SupplierTraits {
   using Element = Element_;
+  static constexpr bool kHasDropout = kHasDropout_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = kBlockM_;  // queries of a step
   static constexpr int kBlockN = 128;       // keys of the CTA, 64 a warpgroup
@@ -126,6 +127,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
     if (place.num_steps > 0) {
       float rS[kBlockM / 8][4], rDP[kBlockM / 8][4];
       uint32_t rP[kBlockM / 16][4], rDS[kBlockM / 16][4];
+      KeptBits kept[kBlockM / 64];  // with dropout, of the step at hand
       // S of a step -> P in 16 bits.
       const auto make_probabilities = [&] {
         const typename Traits::Step& step = smem.steps[ring.stage];
@@ -136,11 +138,24 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
         }
         exponentiate<Element>(rS, rP, scale_log2);
       };
+      const auto draw = [&] {
+        if constexpr (Traits::kHasDropout) {
+          const typename Traits::Step& step = smem.steps[ring.stage];
+          const DropoutWords words = place.dropout;
+          const uint32_t head_id = a.p.dropout.head_ids[step.head];
+#pragma unroll
+          for (int i = 0; i < kBlockM / 64; ++i) {
+            kept[i] = draw_kept(words, head_id, Threshold(a.p.dropout.threshold), step.row + 64 * i,
+                                s.first_row + warp_row);
+          }
+        }
+      };
       ptx::mbarrier_wait(smem.k_full, key_phase);
       ptx::mbarrier_wait(smem.q_full[ring.stage], ring.phase);
       ptx::wgmma_pin(rDK);
       ptx::wgmma_pin(rDV);
       multiply_keys_queries(rS, ring.stage);
+      draw();
       ptx::mbarrier_wait(smem.v_full, key_phase);
 
       while (true) {
@@ -150,7 +165,13 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
         make_probabilities();
         ptx::mbarrier_wait(smem.dout_full[ring.stage], ring.phase);
         multiply_values_gradients(rDP, ring.stage);
-        accumulate<Element>(rDV, rP, smem.dout[stage]);
+        uint32_t rDropped[kBlockM / 16][4];
+        if constexpr (Traits::kHasDropout) {
+          drop(rP, kept, rDropped);
+          accumulate<Element>(rDV, rDropped, smem.dout[stage]);
+        } else {
+          accumulate<Element>(rDV, rP, smem.dout[stage]);
+        }
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDP);
@@ -161,7 +182,11 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
             ds, device::LdmatrixAddress<ScoreTile>::Order::kRowsFirst, warp_row);
 #pragma unroll
         for (int j = 0; j < kBlockM / 16; ++j) {
-          differentiate<Element>(rDP, rP[j], smem.delta[stage], j, rDS[j]);
+          if constexpr (Traits::kHasDropout) {
+            differentiate<Element>(rDP, rP[j], kept, smem.delta[stage], j, rDS[j]);
+          } else {
+            differentiate<Element>(rDP, rP[j], smem.delta[stage], j, rDS[j]);
+          }
           ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
         }
         const bool is_last = smem.steps[stage].is_last;
@@ -185,6 +210,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
         }
         ptx::mbarrier_wait(smem.q_full[ring.stage], ring.phase);
         multiply_keys_queries(rS, ring.stage);
+        draw();
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDK);
         release(smem.q_empty[stage]);

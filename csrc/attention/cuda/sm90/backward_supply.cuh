@@ -81,7 +81,8 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
       const bool is_whole = rows >= kBlockM;
       if (is_leader) {
         const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
-        const char* stats = reinterpret_cast<char*>(a.plan.stats) + int64_t{sum} * (16 * kBlockM);
+        const char* stats =
+            reinterpret_cast<char*>(a.plan.stats) + int64_t{sum} * (kPlanStatBytes * kBlockM);
         constexpr uint32_t kTermBytes = 2 * Traits::kTermRows * kBlockM;
         constexpr uint32_t kQBytes = sizeof(QueryTile) + kTermBytes;
         constexpr uint32_t kDoutBytes = sizeof(QueryTile) + kBlockM * sizeof(float);
@@ -141,7 +142,7 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       const int sum = place.query_tile + dq_head * static_cast<int>(a.plan.query_slots) + dq_tile;
-      float* const dq = place.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
+      float* const dq = a.plan.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
       if (++dq_tile == place.range.end) {
         dq_tile = place.range.begin;
         ++dq_head;

@@ -8,8 +8,8 @@
 // limits this head dim. A warp of a fourth brings the operands. docs/kernels/hopper_backward.md.
 #pragma once
 
-#include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_consumer.cuh"
+#include "attention/cuda/sm90/backward_dropout.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
 #include "attention/cuda/sm90/backward_wide_supply.cuh"
 #include "device/opaque.cuh"
@@ -20,9 +20,10 @@
 
 namespace jax_flash::attention::sm90 {
 
-template <typename Element_, int kHeadDim_>
+template <typename Element_, int kHeadDim_, bool kHasDropout_>
 struct WideTraits {
   using Element = Element_;
+  static constexpr bool kHasDropout = kHasDropout_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = 64, kBlockN = 128;  // queries of a step, keys of the pair
   static constexpr int kTermRows = 0;                // lse and delta come as they are
@@ -62,7 +63,9 @@ struct WideTraits {
       };
     };
     float stats[4][kBlockM];  // a slot each: lse beside Q, or delta beside dO; see stats_index
-    Step steps[4];            // a slot each, of a step's first
+    // Keys CTA, with dropout: -delta in 16 bits as well, in the same order.
+    alignas(16) uint32_t minus_delta[4][kHasDropout ? kBlockM / 2 : 1];
+    Step steps[4];  // a slot each, of a step's first
     KeyTilePlace places[2];
     // Those of both CTAs.
     ptx::Mbarrier place_full[2], place_empty[2];  // the latter the values CTA's, for both
@@ -203,11 +206,21 @@ class WideConsumer {
     const int quad_lane = device::thread_index() % 4;
     Scores rS;
     Operand rP;
+    KeptBits kept[1];  // with dropout, of the step at hand
+    const auto draw = [&] {
+      if constexpr (Traits::kHasDropout) {
+        const typename Traits::Step& step = smem_.steps[ring_.stage];
+        const DropoutWords words = place.dropout;
+        kept[0] = draw_kept(words, a_.p.dropout.head_ids[step.head],
+                            Threshold(a_.p.dropout.threshold), step.row, s.first_row + warp_row());
+      }
+    };
     const float lse_factor = -1.0f / scale_log2;
     ptx::mbarrier_wait(smem_.keys_full, key_phase_);
     ptx::mbarrier_wait(smem_.full[ring_.stage], ring_.phase);
     ptx::wgmma_pin(rDV);
     multiply(rS, lse_factor, quad_lane);
+    draw();
     while (true) {
       const int q_slot = ring_.stage;
       const typename Traits::Step& step = smem_.steps[q_slot];
@@ -224,7 +237,16 @@ class WideConsumer {
       // Two slots a step: the stage tells odd steps from even ones.
       ptx::mbarrier_wait(smem_.p_empty[consumer_], q_slot / 2 ^ 1);
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) ptx::store_async(p_target + j * 2048, rP[j], p_full);
+      for (int j = 0; j < kGroups; ++j) {
+        if constexpr (Traits::kHasDropout) {
+          uint32_t rSigned[4];
+          sign_dropped(rP[j], kept[0], j, rSigned);
+          ptx::store_async(p_target + j * 2048, rSigned, p_full);
+        } else {
+          ptx::store_async(p_target + j * 2048, rP[j], p_full);
+        }
+      }
+      if constexpr (Traits::kHasDropout) drop(rP, kept, rP);
       __syncwarp();  // All lanes have read lse.
       release(smem_.empty[q_slot]);
       ring_.advance();
@@ -241,6 +263,7 @@ class WideConsumer {
       }
       ptx::mbarrier_wait(smem_.full[ring_.stage], ring_.phase);
       multiply(rS, lse_factor, quad_lane);
+      draw();
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(rDV);
       release(smem_.empty[dout_slot]);
@@ -263,12 +286,24 @@ class WideConsumer {
       take_probabilities(rP);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(rDP);
+      uint2 minus_delta[Traits::kHasDropout ? kGroups : 1];
+      if constexpr (Traits::kHasDropout) {
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) {
+          minus_delta[j] = load_minus_delta(smem_.minus_delta[dout_slot], j);
+        }
+        __syncwarp();  // All lanes have read them.
+      }
       release(smem_.empty[dout_slot]);
       ptx::mbarrier_wait(smem_.own_ds_empty, step_phase_ ^ 1);
       step_phase_ ^= 1;
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
-        differentiate<Element>(rDP, rP[j], j, rDS[j]);
+        if constexpr (Traits::kHasDropout) {
+          differentiate_signed<Element>(rDP, rP[j], minus_delta[j], j, rDS[j]);
+        } else {
+          differentiate<Element>(rDP, rP[j], j, rDS[j]);
+        }
         ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
       }
       ptx::fence_async_shared();

@@ -98,8 +98,10 @@ __device__ __forceinline__ void bring_operands(const BackwardArguments& a,
       const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
       const bool is_whole = rows >= kBlockM;
       const bool is_full = place.range.is_full(query_tile);
-      const float* stats = reinterpret_cast<float*>(a.plan.stats) + int64_t{sum} * (4 * kBlockM) +
-                           (kIsValues ? 0 : kBlockM);
+      const char* stats =
+          reinterpret_cast<const char*>(a.plan.stats) + int64_t{sum} * (kPlanStatBytes * kBlockM);
+      constexpr uint32_t kStatBytes = kBlockM * sizeof(float);
+      constexpr uint32_t kMinusDeltaBytes = Traits::kHasDropout && !kIsValues ? 2 * kBlockM : 0;
       // Q, or dO; a step's first also says what it is and has the stats that are read with it, lse
       // or delta. NOTE: all that is needed is at hand before the wait, behind which all others
       // wait.
@@ -112,15 +114,22 @@ __device__ __forceinline__ void bring_operands(const BackwardArguments& a,
         if (is_leader) {
           ptx::Mbarrier& full = is_whole ? smem.full[slot] : smem.ragged;
           if (is_first) smem.steps[slot] = {head, row, is_full, i + 1 == steps};
-          ptx::mbarrier_arrive_expect(full,
-                                      sizeof(QueryTile) + (is_first ? kBlockM * sizeof(float) : 0));
+          ptx::mbarrier_arrive_expect(
+              full, sizeof(QueryTile) + (is_first ? kStatBytes + kMinusDeltaBytes : 0));
 #pragma unroll
           for (int slab = 0; slab < QueryTile::kSlabs; ++slab) {
             ptx::tma_load(reinterpret_cast<char*>(tile.data) + slab * QueryTile::kSlabBytes,
                           operand.map, full, 64 * slab, first, head, entry,
                           ptx::L2Hint::kEvictLast);
           }
-          if (is_first) ptx::bulk_load(smem.stats[slot], stats, kBlockM * sizeof(float), full);
+          if (is_first) {
+            ptx::bulk_load(smem.stats[slot], stats + (kIsValues ? 0 : kStatBytes), kStatBytes,
+                           full);
+            if constexpr (kMinusDeltaBytes > 0) {
+              ptx::bulk_load(smem.minus_delta[slot], stats + kMinusDelta<kBlockM>, kMinusDeltaBytes,
+                             full);
+            }
+          }
         }
         __syncwarp();  // As above.
         if (!is_whole) {
@@ -209,7 +218,7 @@ __device__ __forceinline__ void make_dq(const BackwardArguments& a, typename Tra
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
-      float* const dq = place.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
+      float* const dq = a.plan.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
       if (++query_tile == place.range.end) {
         query_tile = place.range.begin;
         ++head;
