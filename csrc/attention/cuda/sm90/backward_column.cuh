@@ -29,7 +29,7 @@ struct ColumnTraits {
   static constexpr int kPlaces = 4;    // see supply_column
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
   static constexpr int kTermRows = kTermParts;  // of S
-  static constexpr bool kAddsInOrder = true;    // to dQ
+  static constexpr bool kAddsInTurns = false, kCompletesSums = true;  // of dQ
   static constexpr int kClusterSize = 1, kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kSupplierRegisters = 72, kConsumerRegisters = 216;
@@ -48,9 +48,8 @@ struct ColumnTraits {
   };
   // The next step to be loaded.
   struct Cursor {
-    int key_tiles;                          // of the CTA
-    uint32_t column_step;
-    int key_tile, steps, head, query_tile;  // steps of the key tile from here on
+    int key_tile, steps, head, query_tile;  // steps: what is left of the key tile
+    bool is_end;                            // that is the CTA's last
   };
   struct Smem {
     KeyTile k[2], v[2];  // of two key tiles
@@ -69,8 +68,6 @@ struct ColumnTraits {
   };
   static_assert(sizeof(Smem) <= 227 * 1024);
 };
-template <typename Element>
-inline constexpr bool kTakesColumns<ColumnTraits<Element>> = true;
 
 template <class Traits>
 __device__ __forceinline__ void initialise_column_barriers(typename Traits::Smem& smem) {

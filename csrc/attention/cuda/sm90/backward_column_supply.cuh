@@ -10,29 +10,6 @@
 
 namespace jax_flash::attention::sm90 {
 
-// Writes a warpgroup's accumulators of 64 rows x 64 dims, times `scale`, as the first `rows` x
-// `cols` at `destination`.
-template <typename Element>
-__device__ __forceinline__ void store_block_words(const float (&rD)[8][4], float scale,
-                                                  Element* destination, int64_t row_stride,
-                                                  int rows, int cols) {
-  const int thread = device::thread_index(), first_row = thread / 32 * 16 + thread % 32 / 4;
-  const int first_col = 2 * (thread % 4);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = first_row + 8 * half;
-    if (row >= rows) continue;
-    Element* const out = destination + row * row_stride + first_col;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      if (8 * n < cols) {
-        *reinterpret_cast<uint32_t*>(out + 8 * n) =
-            device::pack<Element>(rD[n][2 * half] * scale, rD[n][2 * half + 1] * scale);
-      }
-    }
-  }
-}
-
 // Brings the operands of the CTA's columns blockIdx.x, blockIdx.x + gridDim.x, ... and makes dQ =
 // dS K, in blocks of 64 queries. A thread keeps its elements of dQ's sums in the CTA's part of the
 // workspace, [head of the group][query tile][block][n][thread][4]: it stores those of the first key
@@ -53,10 +30,7 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
   // The leader asks for place `i`. Four are in use: dQ is being made of step n, n + 2 is loaded and
   // the place after its own on its way, and key tiles can have one step each.
   static_assert(kPlaces == 4 && Traits::kStages == 2);
-  const auto request = [&](int i) {
-    if (i >= next.key_tiles) return;
-    const uint32_t slots = a.plan.key_slots;
-    const uint32_t index = (blockIdx.x + i / slots * next.column_step) * slots + i % slots;
+  const auto request = [&](int i, int index) {
     ptx::mbarrier_arrive_expect(smem.place_full[i % kPlaces], sizeof(KeyTilePlace));
     ptx::bulk_load(&smem.places[i % kPlaces], a.places + index, sizeof(KeyTilePlace),
                    smem.place_full[i % kPlaces]);
@@ -67,14 +41,15 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
   const auto load_step = [&](int loaded) {
     int t = next.key_tile;
     if (next.steps == 0) {
-      if (t + 1 == next.key_tiles) return;
+      if (next.is_end) return;
       next.key_tile = ++t;
       ptx::mbarrier_wait(smem.place_full[t % kPlaces], t / kPlaces & 1);
       const KeyTilePlace& place = smem.places[t % kPlaces];
       next.steps = place.num_steps;
       next.head = place.first_head;
       next.query_tile = place.first_tile;
-      request(t + 1);
+      next.is_end = place.next >= a.num_places;
+      if (!next.is_end) request(t + 1, place.next);
       ptx::Mbarrier& full = smem.keys_full[t % 2];
       const int row = place.sequence.first_row;
       ptx::mbarrier_arrive_expect(full, 2 * sizeof(KeyTile));
@@ -103,7 +78,7 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
     step.row = row;
     step.is_full = place.range.is_full(query_tile);
     step.is_last = left == 1;
-    step.is_end = left == 1 && t + 1 == next.key_tiles;
+    step.is_end = left == 1 && next.is_end;
     step.begins_sum = query_tile >= place.first_unseen;
     step.completes_sum = query_tile < place.end_of_complete;
     const ptx::L2Hint hint =
@@ -124,13 +99,8 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
   };
 
   if (is_leader()) {
-    const uint32_t slots = a.plan.key_slots, columns = a.num_places / slots;
-    const uint32_t own_columns = (columns - blockIdx.x + gridDim.x - 1) / gridDim.x;
-    next = {.key_tiles = static_cast<int>(own_columns * slots),
-            .column_step = gridDim.x,
-            .key_tile = -1,
-            .steps = 0};
-    request(0);
+    next = {.key_tile = -1, .steps = 0, .is_end = false};
+    request(0, static_cast<int>(blockIdx.x * a.plan.key_slots));
   }
 #pragma unroll 1
   for (int made = -2;; ++made) {

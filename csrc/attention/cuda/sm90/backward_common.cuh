@@ -3,6 +3,7 @@
 
 #include "attention/cuda/sm90/backward_arguments.h"
 #include "device/element.cuh"
+#include "device/opaque.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
 
@@ -26,7 +27,7 @@ struct Ring {
 struct DqTarget {
   float* sum;
   int* additions;
-  int turn;
+  int turn;  // 0: begins the sum, with a store
 
   // Until it is our turn.
   __device__ __forceinline__ void wait(int part) const {
@@ -48,13 +49,20 @@ __device__ __forceinline__ DqTarget find_target(const BackwardArguments& a,
                                                 const KeyTilePlace& place, int sum, int row) {
   const Sequence& s = place.sequence;
   DqTarget target{a.plan.dq_sum + int64_t{sum} * (Traits::kBlockM * Traits::kHeadDim),
-                  a.additions + 2 * sum, 0};
-  if (a.p.deterministic) {
+                  a.additions + 2 * sum, 1};
+  if (a.by_columns && row >= place.first_unseen * Traits::kBlockM) target.turn = 0;
+  if (a.adds_in_turns) {
     const int last_row = min(row + Traits::kBlockM, s.query_length) - 1;
     const int last_key = min(last_row + s.right, s.key_length - 1);
     target.turn = last_key / Traits::kBlockN - s.first_row / Traits::kBlockN;
   }
   return target;
+}
+
+// The number of the place after `last`. One thread.
+__device__ __forceinline__ int next_place(const BackwardArguments& a, const KeyTilePlace& last) {
+  if (a.by_columns) return last.next;
+  return atomicAdd(a.next_tile, 1) + (a.adds_in_turns ? 0 : a.workers);
 }
 
 // Starts the copies of a tile [kRows][kCols], from dim `first_col` on.
@@ -122,6 +130,29 @@ __device__ __forceinline__ void store_block(const float (&rD)[8][4], float scale
       if (row < rows && col < cols) {
         *reinterpret_cast<uint4*>(destination + row * row_stride + col) = {words[0], words[1],
                                                                            words[2], words[3]};
+      }
+    }
+  }
+}
+
+// Writes a warpgroup's accumulators of 64 rows x 64 dims, times `scale`, as the first `rows` x
+// `cols` at `destination`.
+template <typename Element>
+__device__ __forceinline__ void store_block_words(const float (&rD)[8][4], float scale,
+                                                  Element* destination, int64_t row_stride,
+                                                  int rows, int cols) {
+  const int thread = device::thread_index() % 128, first_row = thread / 32 * 16 + thread % 32 / 4;
+  const int first_col = 2 * (thread % 4);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + 8 * half;
+    if (row >= rows) continue;
+    Element* const out = destination + row * row_stride + first_col;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      if (8 * n < cols) {
+        *reinterpret_cast<uint32_t*>(out + 8 * n) =
+            device::pack<Element>(rD[n][2 * half] * scale, rD[n][2 * half + 1] * scale);
       }
     }
   }

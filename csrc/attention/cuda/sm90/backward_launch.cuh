@@ -43,11 +43,14 @@ cudaError_t launch_dependent(Kernel* kernel, int64_t ctas, int threads, int shar
 }
 
 template <class Traits, typename Kernel>
-const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel* kernel) {
+const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel* kernel,
+                            bool by_columns) {
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   BackwardArguments a{p, make_backward_plan(p, kBlockM, kBlockN)};
   BackwardPlan& plan = a.plan;
-  if ((p.deterministic && !Traits::kAddsInOrder) || p.mask.block_mask.data != nullptr ||
+  a.by_columns = by_columns;
+  a.adds_in_turns = p.deterministic && !by_columns;
+  if ((a.adds_in_turns && !Traits::kAddsInTurns) || p.mask.block_mask.data != nullptr ||
       Traits::kHasDropout != (p.dropout.threshold > 0) ||
       !(p.scale >= kMinTermScale<typename Traits::Element>)) {
     return kNotCovered;
@@ -57,9 +60,7 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   const int64_t query_tiles = plan.batches * p.heads * plan.query_slots;
   if (num_places > INT32_MAX / 2 || query_tiles > INT32_MAX / 2) return kNotCovered;
   a.num_places = static_cast<int>(num_places);
-  // A CTA, or a cluster of them, has a key tile at a time, or a column.
-  constexpr bool kColumns = kTakesColumns<Traits>;
-  a.section = kColumns ? 1 : section_columns(p, columns, Traits::kHeadDim);
+  a.section = by_columns ? 1 : section_columns(p, columns, Traits::kHeadDim);
 
   if (plan.bytes > p.workspace_bytes) {
     return "jax_flash: workspace: smaller than the CUDA backward needs";
@@ -74,8 +75,8 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
       !make_operand_map(p, p.dout, p.seq_q, p.heads, p.value_dim, kBlockM, a.dout)) {
     return kNotCovered;
   }
-  if (kColumns && (!make_operand_map(p, p.dk, p.seq_k, p.kv_heads, p.head_dim, 16, a.dk) ||
-                   !make_operand_map(p, p.dv, p.seq_k, p.kv_heads, p.value_dim, 16, a.dv))) {
+  if (by_columns && (!make_operand_map(p, p.dk, p.seq_k, p.kv_heads, p.head_dim, 16, a.dk) ||
+                     !make_operand_map(p, p.dv, p.seq_k, p.kv_heads, p.value_dim, 16, a.dv))) {
     return kNotCovered;
   }
 
@@ -88,17 +89,18 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
       error != cudaSuccess) {
     return cudaGetErrorString(error);
   }
+  // CTAs, or clusters of them, each with a key tile or a column at a time.
+  a.workers = static_cast<int>(std::min<int64_t>(by_columns ? columns : num_places,
+                                                 multiprocessors / Traits::kClusterSize));
   prepare_kernel<Traits>
       <<<static_cast<unsigned>(query_tiles + ceil_div(num_places + 1, kPlacesPerCta)), kPassThreads,
          0, stream>>>(a);
-  const int64_t workers =
-      std::min<int64_t>(kColumns ? columns : num_places, multiprocessors / Traits::kClusterSize);
-  if (const cudaError_t error = launch_dependent(kernel, workers * Traits::kClusterSize, Traits::kThreads,
+  if (const cudaError_t error = launch_dependent(kernel, a.workers * Traits::kClusterSize, Traits::kThreads,
                                         kSharedBytes, stream, a, PDL >= 1);
       error != cudaSuccess) {
     return cudaGetErrorString(error);
   }
-  if (kColumns) return launch_status();
+  if (by_columns && Traits::kCompletesSums) return launch_status();
   const int64_t finish_ctas = query_tiles + (plan.key_splits > 1 ? 2 * key_tiles : 0);
   if (const cudaError_t error = launch_dependent(finish_kernel<Traits>, finish_ctas, kPassThreads, 0, stream, a, PDL >= 2);
       error != cudaSuccess) {
@@ -110,14 +112,17 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
 #ifndef COLUMN_ROWS
 #define COLUMN_ROWS 1024
 #endif
-// Should a CTA have whole columns?
-inline bool suits_columns(const BackwardParams& p, const BackwardPlan& plan) {
+// Should a CTA (a cluster of them) take whole columns?
+template <class Traits>
+bool suits_columns(const BackwardParams& p) {
   const MaskParams& mask = p.mask;
   const bool has_lengths = mask.varlen || mask.query_lengths.data != nullptr ||
                            mask.key_lengths.data != nullptr || mask.causal_offset.data != nullptr;
   const bool is_full = mask.window_right >= p.seq_k && mask.window_left >= p.seq_q;
-  // Every query sees a key: who completes dQ's sums writes them.
+  // Every query sees a key, every key a query: who ends dQ's sums writes them, and there are no
+  // empty key tiles.
   if (has_lengths || (p.seq_q != p.seq_k && !is_full)) return false;
+  const BackwardPlan plan = make_backward_plan(p, Traits::kBlockM, Traits::kBlockN);
   return p.seq_q <= COLUMN_ROWS && plan.key_splits == 1;
 }
 
@@ -127,19 +132,19 @@ const char* choose_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim == 64) {
     if constexpr (!kHasDropout) {
       using Columns = ColumnTraits<Element>;
-      if (suits_columns(p, make_backward_plan(p, Columns::kBlockM, Columns::kBlockN))) {
-        const char* error = launch_backward<Columns>(p, stream, column_kernel<Columns>);
+      if (suits_columns<Columns>(p)) {
+        const char* error = launch_backward<Columns>(p, stream, column_kernel<Columns>, true);
         if (error != kNotCovered) return error;
       }
     }
     using Traits = SupplierTraits<Element, 64, 128, 2, kHasDropout>;
-    return launch_backward<Traits>(p, stream, supplier_kernel<Traits>);
+    return launch_backward<Traits>(p, stream, supplier_kernel<Traits>, false);
   } else if constexpr (kHeadDim == 256) {
     using Traits = WideTraits<Element, 256, kHasDropout>;
-    return launch_backward<Traits>(p, stream, wide_kernel<Traits>);
+    return launch_backward<Traits>(p, stream, wide_kernel<Traits>, suits_columns<Traits>(p));
   } else {
     using Traits = BackwardTraits<Element, kHeadDim, 64, 2, kHasDropout>;
-    return launch_backward<Traits>(p, stream, backward_kernel<Traits>);
+    return launch_backward<Traits>(p, stream, backward_kernel<Traits>, suits_columns<Traits>(p));
   }
 }
 
