@@ -452,9 +452,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   fill_weights<typename Traits::Element>(smem.weights[1], kTermParts);
   for (auto& terms : smem.terms) zero_other_rows<Traits::kTermRows>(terms);
   ptx::fence_async_shared();
-#if PDL
-  ptx::wait_for_prior_grid();
-#endif
   __syncthreads();  // The barriers exist, the constants are written.
   if (warpgroup == 0) {
     ptx::give_registers<Traits::kProducerRegisters>();

@@ -25,7 +25,8 @@ struct ColumnTraits {
   static constexpr int kBlockM = 128;  // queries of a step
   static constexpr int kBlockN = 128;  // keys of a tile, 64 a warpgroup
   static constexpr int kStages = 2;    // Q, dO and dS tiles in shared memory
-  static constexpr int kSteps = 4;     // who makes dQ of one reads what the second after it is
+  // Step i + 2 is described while the slowest of those who make dQ is at the end of step i - 2.
+  static constexpr int kSteps = 8;
   static constexpr int kPlaces = 4;    // see supply_column
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
   static constexpr int kTermRows = kTermParts;  // of S
@@ -41,15 +42,15 @@ struct ColumnTraits {
 
   struct Step {
     float* sum;  // of dQ
-    void* dq;
-    int keys, row;  // keys: the buffer of K and V
+    int key_tile, head, row;
     bool is_full, is_last, is_end;    // of the key tile, of the CTA
     bool begins_sum, completes_sum;  // the first, the last key tile that these queries see
   };
   // The next step to be loaded.
   struct Cursor {
+    float* sums;                            // of dQ, the CTA's
     int key_tile, steps, head, query_tile;  // steps: what is left of the key tile
-    bool is_end;                            // that is the CTA's last
+    int end;                                // key tiles, as soon as that is known
   };
   struct Smem {
     KeyTile k[2], v[2];  // of two key tiles
@@ -147,11 +148,11 @@ __device__ __forceinline__ void consume_column(const BackwardArguments& a,
   ptx::wgmma_pin(rDK);
   ptx::wgmma_pin(rDV);
   multiply_keys_queries(0, 0);
-  for (int t = 0;;) {  // of the CTA's key tiles
+  for (int t = 0, i = 0;; ++i) {  // key tiles and steps of the CTA
     // In flight: S.
     const int stage = ring.stage;
     const KeyTilePlace& place = smem.places[t % kPlaces];
-    const typename Traits::Step& step = smem.steps[ring.phase * Traits::kStages + stage];
+    const typename Traits::Step& step = smem.steps[i % Traits::kSteps];
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(rS);
     if (!step.is_full) {
@@ -227,9 +228,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   fill_weights<typename Traits::Element>(smem.weights, 0);
   for (auto& terms : smem.terms) zero_other_rows<Traits::kTermRows>(terms);
   ptx::fence_async_shared();
-#if PDL
-  ptx::wait_for_prior_grid();
-#endif
   __syncthreads();  // The barriers exist, the constants are written.
   if (warpgroup == 0) {
     ptx::give_registers<Traits::kSupplierRegisters>();

@@ -22,26 +22,6 @@ inline int section_columns(const Problem& p, int64_t columns, int head_dim) {
   return section;
 }
 
-#ifndef PDL
-#define PDL 0
-#endif
-// Launches a kernel that may begin while the one before it in the stream ends.
-template <typename Kernel>
-cudaError_t launch_dependent(Kernel* kernel, int64_t ctas, int threads, int shared_bytes,
-                             cudaStream_t stream, const BackwardArguments& a, bool pdl) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = pdl;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(ctas);
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, a);
-}
-
 template <class Traits, typename Kernel>
 const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel* kernel,
                             bool by_columns) {
@@ -95,17 +75,11 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   prepare_kernel<Traits>
       <<<static_cast<unsigned>(query_tiles + ceil_div(num_places + 1, kPlacesPerCta)), kPassThreads,
          0, stream>>>(a);
-  if (const cudaError_t error = launch_dependent(kernel, a.workers * Traits::kClusterSize, Traits::kThreads,
-                                        kSharedBytes, stream, a, PDL >= 1);
-      error != cudaSuccess) {
-    return cudaGetErrorString(error);
-  }
+  kernel<<<static_cast<unsigned>(a.workers * Traits::kClusterSize), Traits::kThreads, kSharedBytes,
+           stream>>>(a);
   if (by_columns && Traits::kCompletesSums) return launch_status();
   const int64_t finish_ctas = query_tiles + (plan.key_splits > 1 ? 2 * key_tiles : 0);
-  if (const cudaError_t error = launch_dependent(finish_kernel<Traits>, finish_ctas, kPassThreads, 0, stream, a, PDL >= 2);
-      error != cudaSuccess) {
-    return cudaGetErrorString(error);
-  }
+  finish_kernel<Traits><<<static_cast<unsigned>(finish_ctas), kPassThreads, 0, stream>>>(a);
   return launch_status();
 }
 

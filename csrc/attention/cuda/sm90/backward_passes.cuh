@@ -76,9 +76,6 @@ __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, i
 template <class Traits>
 __global__ void __launch_bounds__(kPassThreads)
     prepare_kernel(const __grid_constant__ BackwardArguments a) {
-#if PDL && PDL < 3
-  ptx::launch_dependents();
-#endif
   using Element = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
   constexpr int kLanes = kHeadDim / 8;  // threads of a row, 16 bytes each
@@ -225,9 +222,6 @@ __device__ __forceinline__ void finish_tile(const float* sums, int64_t buffers,
 template <class Traits>
 __global__ void __launch_bounds__(kPassThreads)
     finish_kernel(const __grid_constant__ BackwardArguments a) {
-#if PDL >= 2
-  ptx::wait_for_prior_grid();
-#endif
   using Element = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kHeadDim = Traits::kHeadDim;
