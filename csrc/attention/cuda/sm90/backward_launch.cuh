@@ -55,8 +55,9 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
       !make_operand_map(p, p.dout, p.seq_q, p.heads, p.value_dim, kBlockM, a.dout)) {
     return kNotCovered;
   }
-  if (by_columns && (!make_operand_map(p, p.dk, p.seq_k, p.kv_heads, p.head_dim, 16, a.dk) ||
-                     !make_operand_map(p, p.dv, p.seq_k, p.kv_heads, p.value_dim, 16, a.dv))) {
+  if (Traits::kHeadDim == 64 && by_columns &&
+      (!make_operand_map(p, p.dk, p.seq_k, p.kv_heads, p.head_dim, 16, a.dk) ||
+       !make_operand_map(p, p.dv, p.seq_k, p.kv_heads, p.value_dim, 16, a.dv))) {
     return kNotCovered;
   }
 
