@@ -58,4 +58,19 @@ __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
   return reinterpret_cast<const uint32_t&>(product);
 }
 
+// Their sums, and products plus a pair, rounded once.
+template <typename Element>
+__device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
+  using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+  const Pair sum = __hadd2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+  return reinterpret_cast<const uint32_t&>(sum);
+}
+template <typename Element>
+__device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+  using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+  const Pair sum = __hfma2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b),
+                           reinterpret_cast<const Pair&>(c));
+  return reinterpret_cast<const uint32_t&>(sum);
+}
+
 }  // namespace jax_flash::device

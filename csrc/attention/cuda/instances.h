@@ -20,7 +20,7 @@ const char* backward_sm80(const BackwardParams& params, cudaStream_t stream);
 // 128, 192 and 256, or 192 with a kValueDim of 128; the backward's as above.
 template <typename Element, int kHeadDim, int kValueDim>
 const char* forward_sm90(const ForwardParams& params, cudaStream_t stream);
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, bool kHasDropout>
 const char* backward_sm90(const BackwardParams& params, cudaStream_t stream);
 
 // f32 in exact f32 arithmetic; the head dims of the backward.

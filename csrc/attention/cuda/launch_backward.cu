@@ -8,7 +8,9 @@ namespace {
 template <typename Element, int kHeadDim>
 const char* launch_16_bit(const BackwardParams& p, cudaStream_t stream) {
   if (runs_sm90_kernels()) {
-    const char* error = backward_sm90<Element, kHeadDim>(p, stream);
+    const char* error = p.dropout.threshold > 0
+                            ? backward_sm90<Element, kHeadDim, true>(p, stream)
+                            : backward_sm90<Element, kHeadDim, false>(p, stream);
     if (error != kNotCovered) return error;
   }
   return backward_sm80<Element, kHeadDim>(p, stream);

@@ -46,7 +46,6 @@ struct BackwardTraits {
   struct Step {
     int head, row;
     bool is_full, is_last;
-    int next_head, next_row;  // whose dropout is drawn in this step
   };
   // What those who add to dQ must know, in a ring as well: while they have not handed back a block,
   // the consumers keep the stage of the step after the next, and the producer is two further on.
@@ -149,11 +148,6 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
       step.row = row;
       step.is_full = place.range.is_full(query_tile);
       step.is_last = steps == 1;
-      const bool is_last_tile = query_tile + 1 == place.range.end;
-      if constexpr (Traits::kHasDropout) {
-        step.next_head = head + (is_last_tile && steps > 1 ? 1 : 0);
-        step.next_row = (is_last_tile ? place.range.begin : query_tile + 1) * kBlockM;
-      }
       ptx::mbarrier_arrive_expect(smem.q_full[stage], kBytes + 2 * Traits::kTermRows * kBlockM);
       load_tile(smem.q[stage], a.q, place.batch, head, place.sequence.query_start + row,
                 smem.q_full[stage], ptx::L2Hint::kEvictLast);
@@ -170,8 +164,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
       }
       ring.advance();
       if (--steps == 0) break;
-      ++query_tile;
-      if (is_last_tile) {
+      if (++query_tile == place.range.end) {
         query_tile = place.range.begin;
         ++head;
       }
@@ -269,7 +262,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
     if (place.num_steps > 0) {
       float rS[kBlockM / 8][4], rDP[kBlockM / 8][4], rDQ[8][4];
       uint32_t rP[kBlockM / 16][4], rDS[kBlockM / 16][4];
-      KeptBits kept[kBlockM / 64];  // with dropout: of the step whose P is next
+      DroppedBits dropped[kBlockM / 64];  // with dropout, of the step whose P is next
       const auto wait_for_queries = [&](QueryTile& queries, ptx::Mbarrier& full) {
         ptx::mbarrier_wait(full, ring.phase);
         if (const int rows = s.query_length - smem.steps[ring.stage].row; rows < kBlockM) {
@@ -294,14 +287,14 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
           mask_scores(rS, s, BlockMask(a.p.mask, place.batch, step.head), s.first_row + warp_row,
                       step.row);
         }
-        exponentiate<Element>(rS, rP, scale_log2);
+        exponentiate<Element, Traits::kHasDropout>(rS, rP, scale_log2);
       };
       // What is kept of the step of `head` and `row`.
       const auto draw = [&](int head, int row) {
         if constexpr (Traits::kHasDropout) {
           const DropoutWords words = place.dropout;
-          kept[0] = draw_kept(words, a.p.dropout.head_ids[head], Threshold(a.p.dropout.threshold),
-                              row, s.first_row + warp_row);
+          dropped[0] = draw_dropped(words, a.p.dropout.head_ids[head], a.p.dropout.threshold, row,
+                                    s.first_row + warp_row);
         }
       };
       // Writes the finished block of dQ, and hands it to the thread that adds it to the sums.
@@ -337,17 +330,15 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
       while (true) {
         // In flight: dP. dV runs while dP becomes dS.
         const int stage = ring.stage;
-        const KeptBits kept_now[] = {kept[0]};
-        uint32_t rDropped[kBlockM / 16][4];
+        uint32_t rKept[kBlockM / 16][4];
         if constexpr (Traits::kHasDropout) {
-          drop(rP, kept_now, rDropped);
-          accumulate<Element>(rDV, rDropped, smem.dout[stage]);
+          drop<Element>(rP, dropped, rKept);
+          accumulate<Element>(rDV, rKept, smem.dout[stage]);
         } else {
           accumulate<Element>(rDV, rP, smem.dout[stage]);
         }
         ptx::wgmma_commit();
         if (dq_is_written) send_dq();  // the last step's; the fence waits under dP
-        draw(smem.steps[stage].next_head, smem.steps[stage].next_row);
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDP);
         ScoreTile& ds = smem.ds[ds_ring.stage];
@@ -356,7 +347,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
 #pragma unroll
         for (int j = 0; j < kBlockM / 16; ++j) {
           if constexpr (Traits::kHasDropout) {
-            differentiate<Element>(rDP, rP[j], kept_now, smem.minus_delta[stage], j, rDS[j]);
+            differentiate<Element>(rDP, rP[j], rKept[j],
+                                   load_minus_delta(smem.minus_delta[stage], j), j, rDS[j]);
           } else {
             differentiate<Element>(rDP, rP[j], j, rDS[j]);
           }
@@ -399,6 +391,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         multiply_scores(rDQ, ds);
         ptx::wgmma_commit();
         ds_ring.advance();
+        draw(smem.steps[ring.stage].head, smem.steps[ring.stage].row);
         ptx::wgmma_wait<1>();
         make_probabilities();
         ptx::wgmma_wait<0>();

@@ -13,16 +13,19 @@
 namespace jax_flash::attention::sm90 {
 
 // P = 2^(scale_log2 S), in place, and in 16 bits as operand A of dV += P^T dO. S begins with
-// -lse / scale.
-template <typename Element, int kGroups>
+// -lse / scale. Or kHalves: P / 2.
+template <typename Element, bool kHalves, int kGroups>
 __device__ __forceinline__ void exponentiate(float (&rS)[2 * kGroups][4],
                                              uint32_t (&rP)[kGroups][4], float scale_log2) {
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      rS[2 * j][e] = ptx::exp2_approx(rS[2 * j][e] * scale_log2);
-      rS[2 * j + 1][e] = ptx::exp2_approx(rS[2 * j + 1][e] * scale_log2);
+      const auto exponential = [&](float s) {
+        return ptx::exp2_approx(kHalves ? fmaf(s, scale_log2, -1.0f) : s * scale_log2);
+      };
+      rS[2 * j][e] = exponential(rS[2 * j][e]);
+      rS[2 * j + 1][e] = exponential(rS[2 * j + 1][e]);
     }
     device::pack_operand<Element>(rP[j], rS[2 * j], rS[2 * j + 1]);
   }

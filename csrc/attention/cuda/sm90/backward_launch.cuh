@@ -31,7 +31,6 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   a.by_columns = by_columns;
   a.adds_in_turns = p.deterministic && !by_columns;
   if ((a.adds_in_turns && !Traits::kAddsInTurns) || p.mask.block_mask.data != nullptr ||
-      Traits::kHasDropout != (p.dropout.threshold > 0) ||
       !(p.scale >= kMinTermScale<typename Traits::Element>)) {
     return kNotCovered;
   }
@@ -94,9 +93,10 @@ bool suits_columns(const BackwardParams& p) {
   const bool has_lengths = mask.varlen || mask.query_lengths.data != nullptr ||
                            mask.key_lengths.data != nullptr || mask.causal_offset.data != nullptr;
   const bool is_full = mask.window_right >= p.seq_k && mask.window_left >= p.seq_q;
-  // Every query sees a key, every key a query: who ends dQ's sums writes them, and there are no
-  // empty key tiles.
-  if (has_lengths || (p.seq_q != p.seq_k && !is_full)) return false;
+  const bool has_diagonal =
+      p.seq_q == p.seq_k && mask.window_right >= 0 && mask.window_left >= 0;
+  // Every query sees a key: who ends dQ's sums writes them.
+  if (has_lengths || !(is_full || has_diagonal)) return false;
   const BackwardPlan plan = make_backward_plan(p, Traits::kBlockM, Traits::kBlockN);
   return p.seq_q <= COLUMN_ROWS && plan.key_splits == 1;
 }

@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kPassThreads)
       }
       if constexpr (Traits::kHasDropout) {
         reinterpret_cast<Element*>(stats + kMinusDelta<kBlockM>)[stats_index(row)] =
-            static_cast<Element>(-delta);
+            static_cast<Element>(fminf(fmaxf(-delta, -kLargest<Element>), kLargest<Element>));
       }
     }
   }

@@ -127,7 +127,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
     if (place.num_steps > 0) {
       float rS[kBlockM / 8][4], rDP[kBlockM / 8][4];
       uint32_t rP[kBlockM / 16][4], rDS[kBlockM / 16][4];
-      KeptBits kept[kBlockM / 64];  // with dropout, of the step at hand
+      DroppedBits dropped[kBlockM / 64];  // with dropout, of the step at hand
       // S of a step -> P in 16 bits.
       const auto make_probabilities = [&] {
         const typename Traits::Step& step = smem.steps[ring.stage];
@@ -136,17 +136,20 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
           mask_scores(rS, s, BlockMask(a.p.mask, place.batch, step.head), s.first_row + warp_row,
                       step.row);
         }
-        exponentiate<Element>(rS, rP, scale_log2);
+        exponentiate<Element, Traits::kHasDropout>(rS, rP, scale_log2);
       };
       const auto draw = [&] {
         if constexpr (Traits::kHasDropout) {
+          // NOTE: sooner than it must be: ptxas mixes the draws with the instructions of S, and so
+          // delays those, unless a branch is between them.
+          ptx::mbarrier_wait(smem.dout_full[ring.stage], ring.phase);
           const typename Traits::Step& step = smem.steps[ring.stage];
           const DropoutWords words = place.dropout;
           const uint32_t head_id = a.p.dropout.head_ids[step.head];
 #pragma unroll
           for (int i = 0; i < kBlockM / 64; ++i) {
-            kept[i] = draw_kept(words, head_id, Threshold(a.p.dropout.threshold), step.row + 64 * i,
-                                s.first_row + warp_row);
+            dropped[i] = draw_dropped(words, head_id, a.p.dropout.threshold, step.row + 64 * i,
+                                      s.first_row + warp_row);
           }
         }
       };
@@ -163,12 +166,14 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
         const int stage = ring.stage;
         ptx::wgmma_wait<0>();
         make_probabilities();
-        ptx::mbarrier_wait(smem.dout_full[ring.stage], ring.phase);
-        multiply_values_gradients(rDP, ring.stage);
-        uint32_t rDropped[kBlockM / 16][4];
+        if constexpr (!Traits::kHasDropout) {
+          ptx::mbarrier_wait(smem.dout_full[stage], ring.phase);
+        }
+        multiply_values_gradients(rDP, stage);
+        uint32_t rKept[kBlockM / 16][4];
         if constexpr (Traits::kHasDropout) {
-          drop(rP, kept, rDropped);
-          accumulate<Element>(rDV, rDropped, smem.dout[stage]);
+          drop<Element>(rP, dropped, rKept);
+          accumulate<Element>(rDV, rKept, smem.dout[stage]);
         } else {
           accumulate<Element>(rDV, rP, smem.dout[stage]);
         }
@@ -183,7 +188,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
 #pragma unroll
         for (int j = 0; j < kBlockM / 16; ++j) {
           if constexpr (Traits::kHasDropout) {
-            differentiate<Element>(rDP, rP[j], kept, smem.delta[stage], j, rDS[j]);
+            differentiate<Element>(rDP, rP[j], rKept[j], smem.delta[stage], j, rDS[j]);
           } else {
             differentiate<Element>(rDP, rP[j], smem.delta[stage], j, rDS[j]);
           }

@@ -38,6 +38,9 @@ __device__ constexpr float term_weight(int part) {
 }
 template <typename Element>
 inline constexpr float kMaxTerm = std::is_same_v<Element, __half> ? 65504.0f * 0x1p15f : 3e38f;
+// The largest of a type, or nearly.
+template <typename Element>
+inline constexpr float kLargest = std::is_same_v<Element, __half> ? 65504.0f : 3e38f;
 // With a smaller scale -lse / scale of scores near zero could pass kMaxTerm; in float16, scores
 // (unscaled) beyond 2^31 do, which is beyond 2^15 scaled.
 template <typename Element>

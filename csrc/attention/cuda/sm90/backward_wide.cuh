@@ -206,13 +206,16 @@ class WideConsumer {
     const int quad_lane = device::thread_index() % 4;
     Scores rS;
     Operand rP;
-    KeptBits kept[1];  // with dropout, of the step at hand
+    DroppedBits dropped[1];  // with dropout, of the step at hand
     const auto draw = [&] {
       if constexpr (Traits::kHasDropout) {
         const typename Traits::Step& step = smem_.steps[ring_.stage];
+        Ring<Traits::template kSlots<true>> dout = ring_;
+        dout.advance();
+        ptx::mbarrier_wait(smem_.full[dout.stage], dout.phase);
         const DropoutWords words = place.dropout;
-        kept[0] = draw_kept(words, a_.p.dropout.head_ids[step.head],
-                            Threshold(a_.p.dropout.threshold), step.row, s.first_row + warp_row());
+        dropped[0] = draw_dropped(words, a_.p.dropout.head_ids[step.head], a_.p.dropout.threshold,
+                                  step.row, s.first_row + warp_row());
       }
     };
     const float lse_factor = -1.0f / scale_log2;
@@ -231,7 +234,7 @@ class WideConsumer {
         mask_scores(rS, s, BlockMask(a_.p.mask, place.batch, step.head), s.first_row + warp_row(),
                     step.row);
       }
-      exponentiate<Element>(rS, rP, scale_log2);
+      exponentiate<Element, Traits::kHasDropout>(rS, rP, scale_log2);
       const uint32_t p_target = ptx::peer_address(&smem_.probabilities[consumer_][0][thread()], 1);
       const uint32_t p_full = ptx::peer_address(&smem_.p_full[consumer_], 1);
       // Two slots a step: the stage tells odd steps from even ones.
@@ -239,20 +242,23 @@ class WideConsumer {
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         if constexpr (Traits::kHasDropout) {
-          uint32_t rSigned[4];
-          sign_dropped(rP[j], kept[0], j, rSigned);
-          ptx::store_async(p_target + j * 2048, rSigned, p_full);
+          uint32_t rKept[4];
+          drop<Element>(rP[j], dropped, j, rKept);
+          ptx::store_async(p_target + j * 2048, rP[j], p_full);
+#pragma unroll
+          for (int word = 0; word < 4; ++word) rP[j][word] = rKept[word];
         } else {
           ptx::store_async(p_target + j * 2048, rP[j], p_full);
         }
       }
-      if constexpr (Traits::kHasDropout) drop(rP, kept, rP);
       __syncwarp();  // All lanes have read lse.
       release(smem_.empty[q_slot]);
       ring_.advance();
 
       const int dout_slot = ring_.stage;
-      ptx::mbarrier_wait(smem_.full[dout_slot], ring_.phase);
+      if constexpr (!Traits::kHasDropout) {
+        ptx::mbarrier_wait(smem_.full[dout_slot], ring_.phase);
+      }
       accumulate(rDV, rP, smem_.tiles[dout_slot]);
       ring_.advance();
       if (is_last) {
@@ -300,7 +306,12 @@ class WideConsumer {
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         if constexpr (Traits::kHasDropout) {
-          differentiate_signed<Element>(rDP, rP[j], minus_delta[j], j, rDS[j]);
+          uint32_t rKept[4];
+#pragma unroll
+          for (int word = 0; word < 4; ++word) {
+            rKept[word] = kept_part<Element>(rP[j][word] & 0x7fff7fffu, rP[j][word]);
+          }
+          differentiate<Element>(rDP, rP[j], rKept, minus_delta[j], j, rDS[j]);
         } else {
           differentiate<Element>(rDP, rP[j], j, rDS[j]);
         }

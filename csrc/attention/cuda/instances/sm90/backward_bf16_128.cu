@@ -3,8 +3,9 @@
 namespace jax_flash::attention {
 
 template <>
-const char* backward_sm90<__nv_bfloat16, 128>(const BackwardParams& params, cudaStream_t stream) {
-  return sm90::choose_backward<__nv_bfloat16, 128>(params, stream);
+const char* backward_sm90<__nv_bfloat16, 128, false>(const BackwardParams& params,
+                                                     cudaStream_t stream) {
+  return sm90::choose_backward<__nv_bfloat16, 128, false>(params, stream);
 }
 
 }  // namespace jax_flash::attention

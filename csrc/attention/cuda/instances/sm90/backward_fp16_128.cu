@@ -3,8 +3,8 @@
 namespace jax_flash::attention {
 
 template <>
-const char* backward_sm90<__half, 128>(const BackwardParams& params, cudaStream_t stream) {
-  return sm90::choose_backward<__half, 128>(params, stream);
+const char* backward_sm90<__half, 128, false>(const BackwardParams& params, cudaStream_t stream) {
+  return sm90::choose_backward<__half, 128, false>(params, stream);
 }
 
 }  // namespace jax_flash::attention

@@ -1,0 +1,11 @@
+#include "attention/cuda/sm90/backward_launch.cuh"
+
+namespace jax_flash::attention {
+
+template <>
+const char* backward_sm90<__nv_bfloat16, 256, true>(const BackwardParams& params,
+                                                    cudaStream_t stream) {
+  return sm90::choose_backward<__nv_bfloat16, 256, true>(params, stream);
+}
+
+}  // namespace jax_flash::attention
