@@ -159,7 +159,7 @@ __device__ __forceinline__ void consume_column(const BackwardArguments& a,
       const Sequence& s = place.sequence;
       mask_scores(rS, s, s.first_row + warp_row, step.row);
     }
-    exponentiate<Element>(rS, rP, scale_log2);
+    exponentiate<Element, false>(rS, rP, scale_log2);
     ptx::mbarrier_wait(smem.dout_full[stage], ring.phase);
     multiply_keys<Element, KeyTile, false>(rDP, own_keys(smem.v[t % 2]), smem.dout[stage]);
     ptx::wgmma_commit();
