@@ -30,7 +30,7 @@ struct BackwardTraits {
   static constexpr int kStages = kStages_;  // Q and dO tiles in shared memory
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
   static constexpr int kTermRows = 2 * kTermParts;  // of S and of dP
-  static constexpr bool kAddsInTurns = true, kCompletesSums = false;  // of dQ
+  static constexpr bool kAddsInOrder = true;        // to dQ, where deterministic
   static constexpr int kClusterSize = 1, kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -103,13 +103,14 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
   constexpr int kBlockM = Traits::kBlockM;
   Ring<Traits::kStages> ring;
   uint32_t key_phase = 0;
-  int index = static_cast<int>(blockIdx.x);
-  if (a.by_columns) index *= static_cast<int>(a.plan.key_slots);
   for (int t = 0;; ++t) {
     // NOTE: no sooner, or who has the longest tile also has the next one from the start.
     // Where tiles wait for earlier ones even the first is taken from the counter, so that an
     // earlier one is always that of a CTA that runs.
-    if (t > 0 || a.adds_in_turns) index = next_place(a, smem.places[(t + 1) % 2]);
+    int index = static_cast<int>(blockIdx.x);
+    if (t > 0 || a.p.deterministic) {
+      index = atomicAdd(a.next_tile, 1) + (a.p.deterministic ? 0 : static_cast<int>(gridDim.x));
+    }
     KeyTilePlace& place = smem.places[t % 2];
     ptx::Mbarrier& place_full = smem.place_full[t % 2];
     ptx::mbarrier_wait(smem.place_empty[t % 2], (t / 2 & 1) ^ 1);
@@ -182,19 +183,16 @@ __device__ __forceinline__ void add_blocks(const BackwardArguments& a, typename 
     ptx::mbarrier_wait(smem.dq_full[consumer], i & 1);
     if (smem.is_end[consumer]) break;
     const DqTarget target = smem.targets[i % 4];
-    if (a.adds_in_turns) target.wait(consumer);
-    float* const sum = target.sum + consumer * (64 * 64);
-    if (target.turn == 0) {
-      ptx::bulk_store(sum, smem.dq[consumer], sizeof(smem.dq[consumer]));
-    } else {
-      ptx::bulk_reduce_add(sum, smem.dq[consumer], sizeof(smem.dq[consumer]));
-    }
+    if (a.p.deterministic) target.wait(consumer);
+    ptx::bulk_reduce_add(target.sum + consumer * (64 * 64), smem.dq[consumer],
+                         sizeof(smem.dq[consumer]));
     ptx::bulk_commit();
     ptx::bulk_wait<0, true>();
     ptx::mbarrier_arrive(smem.dq_empty[consumer]);
-    // The next key tile adds to what is written here.
-    if (a.by_columns || a.adds_in_turns) ptx::bulk_wait<0, false>();
-    if (a.adds_in_turns) target.tell(consumer);
+    if (a.p.deterministic) {
+      ptx::bulk_wait<0, false>();
+      target.tell(consumer);
+    }
   }
   ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.
 }

@@ -6,7 +6,6 @@
 // docs/kernels/hopper_backward.md.
 #pragma once
 
-#include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_column_supply.cuh"
 #include "attention/cuda/sm90/backward_consumer.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
@@ -27,10 +26,10 @@ struct ColumnTraits {
   static constexpr int kStages = 2;    // Q, dO and dS tiles in shared memory
   // Step i + 2 is described while the slowest of those who make dQ is at the end of step i - 2.
   static constexpr int kSteps = 8;
-  static constexpr int kPlaces = 4;    // see supply_column
+  static constexpr int kPlaces = 4;  // see supply_column
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
   static constexpr int kTermRows = kTermParts;  // of S
-  static constexpr bool kAddsInTurns = false, kCompletesSums = true;  // of dQ
+  static constexpr bool kAddsInOrder = true;    // to dQ
   static constexpr int kClusterSize = 1, kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kSupplierRegisters = 72, kConsumerRegisters = 216;
@@ -43,7 +42,7 @@ struct ColumnTraits {
   struct Step {
     float* sum;  // of dQ
     int key_tile, head, row;
-    bool is_full, is_last, is_end;    // of the key tile, of the CTA
+    bool is_full, is_last, is_end;   // of the key tile, of the CTA
     bool begins_sum, completes_sum;  // the first, the last key tile that these queries see
   };
   // The next step to be loaded.
@@ -69,6 +68,9 @@ struct ColumnTraits {
   };
   static_assert(sizeof(Smem) <= 227 * 1024);
 };
+
+template <typename Element>
+inline constexpr bool kTakesColumns<ColumnTraits<Element>> = true;
 
 template <class Traits>
 __device__ __forceinline__ void initialise_column_barriers(typename Traits::Smem& smem) {
@@ -190,6 +192,7 @@ __device__ __forceinline__ void consume_column(const BackwardArguments& a,
     ptx::wgmma_pin(rDV);
     release(smem.dout_empty[stage]);
     ring.advance();
+    if (is_last) store(place, rDV, 1.0f, a.dv);  // under dK
     // The next key tile's S runs while this one's dV and dK leave. NOTE: in the end a product of
     // what lies there, which no one reads: ptxas wants the same in flight on all paths.
     const int next = is_last ? t + 1 : t;
@@ -202,7 +205,6 @@ __device__ __forceinline__ void consume_column(const BackwardArguments& a,
     ptx::wgmma_pin(rDK);
     release(smem.q_empty[stage]);
     if (is_last) {
-      store(place, rDV, 1.0f, a.dv);
       store(place, rDK, a.p.scale, a.dk);
       if (is_end) break;
 #pragma unroll

@@ -1,7 +1,6 @@
 // The first warpgroup of the kernel in backward_column.cuh.
 #pragma once
 
-#include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_common.cuh"
 #include "attention/cuda/sm90/backward_terms.cuh"
 #include "device/warp.cuh"
@@ -23,10 +22,6 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
   using QueryTile = typename Traits::QueryTile;
   using ScoreTile = typename Traits::ScoreTile;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
-#ifndef COLUMN_UNROLL
-#define COLUMN_UNROLL 1
-#endif
-  constexpr int kUnroll = COLUMN_UNROLL;
   constexpr int kPlaces = Traits::kPlaces, kSteps = Traits::kSteps;
   // NOTE: what only the first warp needs is in shared memory, or computed again: dQ needs the
   // registers. All its lanes walk along with the one that is elected for the copies, or ptxas takes
@@ -82,8 +77,7 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
     ptx::Mbarrier &q_full = smem.q_full[stage], &dout_full = smem.dout_full[stage];
     constexpr uint32_t kTermBytes = 2 * Traits::kTermRows * kBlockM;
     constexpr uint32_t kDeltaBytes = kBlockM * sizeof(float);
-    const char* stats =
-        reinterpret_cast<char*>(a.plan.stats) + tile * (kPlanStatBytes * kBlockM);
+    const char* stats = reinterpret_cast<char*>(a.plan.stats) + tile * (kPlanStatBytes * kBlockM);
     const bool completes = query_tile < place.end_of_complete;
     ptx::mbarrier_wait(smem.q_empty[stage], (i / 2 & 1) ^ 1);
     if (ptx::elect_one()) {
@@ -139,10 +133,10 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
     const int stage = i % 2;
     const typename Traits::Step& step = smem.steps[i % kSteps];
     ptx::mbarrier_wait(smem.q_full[stage], i / 2 & 1);
-    const bool begins = device::uniform(static_cast<int>(step.begins_sum)) != 0;
-    const bool completes = device::uniform(static_cast<int>(step.completes_sum)) != 0;
+    const bool begins = device::uniform(step.begins_sum);
+    const bool completes = device::uniform(step.completes_sum);
     const int key_buffer = device::uniform(step.key_tile) % 2;
-#pragma unroll kUnroll
+#pragma unroll
     for (int block = 0; block < kBlockM / 64; ++block) {
       float* const sum = step.sum + block * 4096 + 4 * threadIdx.x;
       float rDQ[8][4] = {};
@@ -153,8 +147,8 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
       if (block == 0) ptx::mbarrier_wait(smem.ds_full[stage], i / 2 & 1);
       const ptx::MatrixDescriptor ds =
           ptx::MatrixDescriptor(&smem.ds[stage], 0) + block * (ScoreTile::kSlabBytes >> 4);
-      const ptx::MatrixDescriptor k =
-          ptx::MatrixDescriptor(&smem.k[0], KeyTile::kSlabBytes) + key_buffer * (sizeof(KeyTile) >> 4);
+      const ptx::MatrixDescriptor k = ptx::MatrixDescriptor(&smem.k[0], KeyTile::kSlabBytes) +
+                                      key_buffer * (sizeof(KeyTile) >> 4);
       ptx::wgmma_pin(rDQ);
       ptx::wgmma_fence();
 #pragma unroll
@@ -162,19 +156,16 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
         ptx::wgmma<Element, true, true>(rDQ, ds + n * ptx::kRows16, k + n * ptx::kRows16, true);
       }
       ptx::wgmma_commit();
-#if COLUMN_UNDER == 1
       if (block == kBlockM / 64 - 1 && is_first_warp) load_step(i + 2);
-#endif
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(rDQ);
       if (block == kBlockM / 64 - 1) release(smem.ds_empty[stage]);
       if (completes) {
         const KeyTilePlace& place = smem.places[step.key_tile % kPlaces];
         const int row = step.row + 64 * block;
-        store_block_words<Element>(rDQ, a.p.scale,
-                                   element_pointer<Element>(a.p.dq, place.batch, row, step.head),
-                                   a.p.dq.row_stride, static_cast<int>(a.p.seq_q) - row,
-                                   static_cast<int>(a.p.head_dim));
+        store_block_words<Element>(
+            rDQ, a.p.scale, element_pointer<Element>(a.p.dq, place.batch, row, step.head),
+            a.p.dq.row_stride, static_cast<int>(a.p.seq_q) - row, static_cast<int>(a.p.head_dim));
       } else if (begins) {
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
@@ -184,15 +175,9 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
 #pragma unroll
         for (int n = 0; n < 8; ++n) ptx::red_add_4(sum + n * 512, rDQ[n]);
       }
-#if COLUMN_UNDER == 2
-      if (block == 0 && is_first_warp) load_step(i + 2);
-#endif
     }
-#if COLUMN_UNDER == 0
-    if (is_first_warp) load_step(i + 2);
-#endif
-    if (device::uniform(static_cast<int>(step.is_end))) break;
-    if (is_first_warp && device::uniform(static_cast<int>(step.is_last))) {
+    if (device::uniform(step.is_end)) break;
+    if (is_first_warp && device::uniform(step.is_last)) {
       ptx::mbarrier_wait(smem.ds_empty[stage], i / 2 & 1);  // All warps have read K.
       const int t = device::uniform(step.key_tile) + 2;
       if (t != next.end) load_keys(t);

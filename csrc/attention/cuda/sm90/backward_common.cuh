@@ -27,7 +27,7 @@ struct Ring {
 struct DqTarget {
   float* sum;
   int* additions;
-  int turn;  // 0: begins the sum, with a store
+  int turn;
 
   // Until it is our turn.
   __device__ __forceinline__ void wait(int part) const {
@@ -49,20 +49,13 @@ __device__ __forceinline__ DqTarget find_target(const BackwardArguments& a,
                                                 const KeyTilePlace& place, int sum, int row) {
   const Sequence& s = place.sequence;
   DqTarget target{a.plan.dq_sum + int64_t{sum} * (Traits::kBlockM * Traits::kHeadDim),
-                  a.additions + 2 * sum, 1};
-  if (a.by_columns && row >= place.first_unseen * Traits::kBlockM) target.turn = 0;
-  if (a.adds_in_turns) {
+                  a.additions + 2 * sum, 0};
+  if (a.p.deterministic) {
     const int last_row = min(row + Traits::kBlockM, s.query_length) - 1;
     const int last_key = min(last_row + s.right, s.key_length - 1);
     target.turn = last_key / Traits::kBlockN - s.first_row / Traits::kBlockN;
   }
   return target;
-}
-
-// The number of the place after `last`. One thread.
-__device__ __forceinline__ int next_place(const BackwardArguments& a, const KeyTilePlace& last) {
-  if (a.by_columns) return last.next;
-  return atomicAdd(a.next_tile, 1) + (a.adds_in_turns ? 0 : a.workers);
 }
 
 // Starts the copies of a tile [kRows][kCols], from dim `first_col` on.
@@ -101,8 +94,7 @@ __device__ __forceinline__ void store_block(const float (&rD)[8][4], float scale
   for (int n = 0; n < 8; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      pairs[half][n] =
-          device::pack<Element>(rD[n][2 * half] * scale, rD[n][2 * half + 1] * scale);
+      pairs[half][n] = device::pack<Element>(rD[n][2 * half] * scale, rD[n][2 * half + 1] * scale);
     }
   }
 #pragma unroll

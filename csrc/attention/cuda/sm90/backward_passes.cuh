@@ -33,7 +33,8 @@ __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, i
   const uint32_t column = tile / (section * slots) * section + in_section % section;
   // The last key tiles first where the order of the list is that of the additions to dQ: under a
   // causal mask they see the fewest queries, and nobody needs to wait for them.
-  const uint32_t slot = a.adds_in_turns ? slots - 1 - in_section / section : in_section / section;
+  const bool descends = a.p.deterministic && !kTakesColumns<Traits>;
+  const uint32_t slot = descends ? slots - 1 - in_section / section : in_section / section;
   const uint32_t kv_heads = a.p.kv_heads, heads = a.p.heads, batch_index = column / kv_heads;
   const BatchIndex batch(a.p, batch_index);
   const Sequence s = find_sequence(a.p, batch, Axis::kKey, kBlockN, static_cast<int>(slot));
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kPassThreads)
   }
 
   // Under their latency.
-  if (!a.by_columns) {
+  if constexpr (!kTakesColumns<Traits>) {
     if (threadIdx.x < 2) a.additions[2 * tile + threadIdx.x] = 0;
     constexpr int kVectors = kBlockM * kHeadDim / 4;
     float4* sum = reinterpret_cast<float4*>(plan.dq_sum) + int64_t{tile} * kVectors;

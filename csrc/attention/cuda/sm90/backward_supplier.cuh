@@ -24,7 +24,7 @@ struct SupplierTraits {
   static constexpr int kStages = kStages_;  // Q and dO tiles in shared memory
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
   static constexpr int kTermRows = kTermParts;  // of S
-  static constexpr bool kAddsInTurns = false, kCompletesSums = false;  // of dQ
+  static constexpr bool kAddsInOrder = false;   // to dQ, where deterministic
   static constexpr int kClusterSize = 1, kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kSupplierRegisters = 72, kConsumerRegisters = 216;

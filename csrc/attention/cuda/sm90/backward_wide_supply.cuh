@@ -28,7 +28,6 @@ __device__ __forceinline__ void bring_operands(const BackwardArguments& a,
   Ring<Traits::template kSlots<kIsValues>> ring;
   uint32_t phases = 0;  // bit 0: of the keys' barriers, bit 1: of `ragged`
   int index = static_cast<int>(blockIdx.x / 2);
-  if (a.by_columns) index *= static_cast<int>(a.plan.key_slots);
 
   for (int t = 0;; ++t) {
     KeyTilePlace& place = smem.places[t % 2];
@@ -39,7 +38,7 @@ __device__ __forceinline__ void bring_operands(const BackwardArguments& a,
       if constexpr (kIsValues) {
         ptx::mbarrier_wait(smem.place_empty[t % 2], (t / 2 & 1) ^ 1);
         // NOTE: no sooner, or who has the longest tile also has the next one from the start.
-        if (t > 0) index = next_place(a, smem.places[(t + 1) % 2]);
+        if (t > 0) index = atomicAdd(a.next_tile, 1) + device::opaque(gridDim.x) / 2;
         ptx::bulk_load_to_all(&place, a.places + min(index, a.num_places), sizeof(KeyTilePlace),
                               place_full, 3);
       }
@@ -202,7 +201,6 @@ __device__ __forceinline__ void confirm_scores(typename Traits::Smem& smem) {
 // queries x 64 dims, added to the sums from registers: shared memory is full.
 template <class Traits, bool kIsValues>
 __device__ __forceinline__ void make_dq(const BackwardArguments& a, typename Traits::Smem& smem) {
-  using Element = typename Traits::Element;
   using KeyTile = typename Traits::KeyTile;
   using HalfKeyTile = typename Traits::HalfKeyTile;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
@@ -219,16 +217,7 @@ __device__ __forceinline__ void make_dq(const BackwardArguments& a, typename Tra
     int head = place.first_head, query_tile = place.first_tile;
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
-      // By columns a pair has its own sums, which stay in L2.
-      const int group = static_cast<int>(a.p.heads) / static_cast<int>(a.p.kv_heads);
-      const int first_sum =
-          a.by_columns ? (static_cast<int>(blockIdx.x / 2) - place.kv_head) * group *
-                             static_cast<int>(a.plan.query_slots)
-                       : place.query_tile;
-      const int sum = first_sum + head * static_cast<int>(a.plan.query_slots) + query_tile;
-      const bool begins = device::uniform(a.by_columns && query_tile >= place.first_unseen);
-      const bool completes = device::uniform(a.by_columns && query_tile < place.end_of_complete);
-      const int row = query_tile * kBlockM, dq_head = head;
+      const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
       float* const dq = a.plan.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
       if (++query_tile == place.range.end) {
         query_tile = place.range.begin;
@@ -246,18 +235,13 @@ __device__ __forceinline__ void make_dq(const BackwardArguments& a, typename Tra
             (kIsValues ? ptx::MatrixDescriptor(&smem.keys, KeyTile::kSlabBytes)
                        : ptx::MatrixDescriptor(&smem.half_keys, KeyTile::kSlabBytes)) +
             block * (KeyTile::kSlabBytes >> 4);
-        float* const target = dq + (kFirstBlock + block) * 4096 + thread * 4;
-        float rDQ[8][4] = {};
-        if (completes && !begins) {
-#pragma unroll
-          for (int n = 0; n < 8; ++n) ptx::load_relaxed_4(target + n * 512, rDQ[n]);
-        }
+        float rDQ[8][4];
         ptx::wgmma_pin(rDQ);
         ptx::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kBlockN / 16; ++k) {
-          ptx::wgmma<Element, true, true>(rDQ, ds + k * ptx::kRows16, keys + k * ptx::kRows16,
-                                          true);
+          ptx::wgmma<typename Traits::Element, true, true>(rDQ, ds + k * ptx::kRows16,
+                                                           keys + k * ptx::kRows16, k > 0);
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
@@ -270,22 +254,9 @@ __device__ __forceinline__ void make_dq(const BackwardArguments& a, typename Tra
           }
           if (i == steps - 1) release(smem.dq_done);
         }
-        if (completes) {
-          const int col = 64 * (kFirstBlock + block);
-          store_block_words(rDQ, a.p.scale * dropout_scale(a.p.dropout),
-                            element_pointer<Element>(a.p.dq, place.batch, row, dq_head) + col,
-                            a.p.dq.row_stride, static_cast<int>(a.p.seq_q) - row,
-                            static_cast<int>(a.p.head_dim) - col);
-        } else if (begins) {
+        float* const target = dq + (kFirstBlock + block) * 4096;
 #pragma unroll
-          for (int n = 0; n < 8; ++n) {
-            *reinterpret_cast<float4*>(target + n * 512) = {rDQ[n][0], rDQ[n][1], rDQ[n][2],
-                                                            rDQ[n][3]};
-          }
-        } else {
-#pragma unroll
-          for (int n = 0; n < 8; ++n) ptx::red_add_4(target + n * 512, rDQ[n]);
-        }
+        for (int n = 0; n < 8; ++n) ptx::red_add_4(target + (n * 128 + thread) * 4, rDQ[n]);
       }
       ring.advance();
     }
