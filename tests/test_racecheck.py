@@ -1,7 +1,7 @@
 """One small call of every CUDA kernel: what compute-sanitizer's racecheck repeats (run_gpu.py).
 
 More than two key tiles and two query tiles, ragged edges, so that every stage of every ring is used
-again.
+again; and calls with many jobs, so that the places that describe them are, too.
 """
 
 import numpy as np
@@ -21,6 +21,14 @@ SHAPE = Shape(1, 270, 410, 2, 1, 64)
 def test_racecheck_dense(dtype, head_dim, rate):
     shape = Shape(1, 270, 410, 2, 1, head_dim)
     check_attention("cuda", dtype, shape, dict(is_causal=True, dropout_rate=rate))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "batch"), [(64, 56), (128, 28), (256, 28)])
+def test_racecheck_many_jobs(head_dim, batch):
+    """More than four jobs and three key tiles for each CTA (two teams at H = 64) of 132."""
+    shape = Shape(batch, 96, 160, 24, 12, head_dim)
+    check_attention("cuda", "bfloat16", shape, dict(is_causal=True))
 
 
 @pytest.mark.gpu

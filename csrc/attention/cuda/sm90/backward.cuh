@@ -76,7 +76,7 @@ __device__ __forceinline__ void initialise_barriers(typename Traits::Smem& smem)
   constexpr uint32_t kWarps = 4 * Traits::kConsumers;
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(smem.place_full[i], 1);
-    ptx::mbarrier_init(smem.place_empty[i], 1);
+    ptx::mbarrier_init(smem.place_empty[i], Traits::kConsumerThreads);
     ptx::mbarrier_init(smem.ds_full[i], kWarps);
   }
   ptx::mbarrier_init(smem.k_full, 1);
@@ -85,9 +85,9 @@ __device__ __forceinline__ void initialise_barriers(typename Traits::Smem& smem)
   ptx::mbarrier_init(smem.v_empty, kWarps);
   for (int i = 0; i < Traits::kStages; ++i) {
     ptx::mbarrier_init(smem.q_full[i], 1);
-    ptx::mbarrier_init(smem.q_empty[i], kWarps);
+    ptx::mbarrier_init(smem.q_empty[i], kWarps * kWarpLanes);  // with the step
     ptx::mbarrier_init(smem.dout_full[i], 1);
-    ptx::mbarrier_init(smem.dout_empty[i], kWarps);
+    ptx::mbarrier_init(smem.dout_empty[i], kWarps * (Traits::kHasDropout ? kWarpLanes : 1));
   }
   for (int i = 0; i < Traits::kConsumers; ++i) {
     smem.is_end[i] = false;
@@ -291,7 +291,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
       const auto draw = [&](int head, int row) {
         if constexpr (Traits::kHasDropout) {
           const DropoutWords words = place.dropout;
-          dropped[0] = draw_dropped(words, a.p.dropout.head_ids[head], a.p.dropout.threshold, row,
+          dropped[0] = draw_dropped<4>(words, a.p.dropout.head_ids[head], a.p.dropout.threshold, row,
                                     s.first_row + warp_row);
         }
       };
@@ -361,7 +361,11 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         const bool is_last = smem.steps[stage].is_last;
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDV);
-        release(smem.dout_empty[stage]);
+        if constexpr (Traits::kHasDropout) {  // with delta
+          release_read(smem.dout_empty[stage]);
+        } else {
+          release(smem.dout_empty[stage]);
+        }
         ring.advance();
         if (is_last) {
           release(smem.v_empty);
@@ -370,7 +374,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
           ptx::wgmma_commit();
           ptx::wgmma_wait<0>();
           ptx::wgmma_pin(rDK);
-          release(smem.q_empty[stage]);
+          release_read(smem.q_empty[stage]);
           release(smem.k_empty);
           ds_ring.advance();
           write_dq();
@@ -381,7 +385,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         multiply_keys_queries(rS, ring.stage);
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDK);
-        release(smem.q_empty[stage]);
+        release_read(smem.q_empty[stage]);
 
         // dQ, once the other warpgroup has its dS, while the next S becomes P; the next dP while dQ
         // leaves.
@@ -423,7 +427,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
       store_sum(sum + a.plan.dkv_elements, rDV);
     }
     sync_consumers();  // Everyone has left the tile and the place of dS.
-    if (threadIdx.x == 128) ptx::mbarrier_arrive(smem.place_empty[t % 2]);
+    release_read(smem.place_empty[t % 2]);
   }
   ptx::mbarrier_wait(smem.dq_empty[consumer], dq_phase ^ 1);
   if (thread == 0) smem.is_end[consumer] = true;

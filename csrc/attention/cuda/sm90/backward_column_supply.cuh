@@ -3,11 +3,37 @@
 
 #include "attention/cuda/sm90/backward_common.cuh"
 #include "attention/cuda/sm90/backward_terms.cuh"
+#include "device/element.cuh"
+#include "device/opaque.cuh"
 #include "device/warp.cuh"
 #include "ptx/sm90.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace jax_flash::attention::sm90 {
+
+// Writes a warpgroup's accumulators of 64 rows x 64 dims, times `scale`, as the first `rows` x
+// `cols` at `destination`. NOTE: with shuffles, to store 16 bytes at a time, ptxas serialises the
+// consumers' wgmma (C7512).
+template <typename Element>
+__device__ __forceinline__ void store_block(const float (&rD)[8][4], float scale,
+                                            Element* destination, int64_t row_stride, int rows,
+                                            int cols) {
+  const int thread = device::thread_index() % 128, first_row = thread / 32 * 16 + thread % 32 / 4;
+  const int first_col = 2 * (thread % 4);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + 8 * half;
+    if (row >= rows) continue;
+    Element* const out = destination + row * row_stride + first_col;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      if (8 * n < cols) {
+        *reinterpret_cast<uint32_t*>(out + 8 * n) =
+            device::pack<Element>(rD[n][2 * half] * scale, rD[n][2 * half + 1] * scale);
+      }
+    }
+  }
+}
 
 // Brings the operands of the CTA's columns blockIdx.x, blockIdx.x + gridDim.x, ... and makes dQ =
 // dS K, in blocks of 64 queries. A thread keeps its elements of dQ's sums in the CTA's part of the
@@ -163,7 +189,7 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
       if (completes) {
         const KeyTilePlace& place = smem.places[step.key_tile % kPlaces];
         const int row = step.row + 64 * block;
-        store_block_words<Element>(
+        store_block<Element>(
             rDQ, a.p.scale, element_pointer<Element>(a.p.dq, place.batch, row, step.head),
             a.p.dq.row_stride, static_cast<int>(a.p.seq_q) - row, static_cast<int>(a.p.head_dim));
       } else if (begins) {

@@ -41,7 +41,7 @@ class Threshold {
 // one beside it. A thread of 128 queries has two.
 using DroppedBits = uint32_t;
 
-template <bool kIsLow>
+template <int kIlp, bool kIsLow>
 __device__ __forceinline__ DroppedBits draw_dropped(const DropoutWords& words, uint32_t head_id,
                                                     uint32_t threshold, int row, int col) {
   // NOTE: read here, or what follows from it waits in registers through the steps.
@@ -51,7 +51,7 @@ __device__ __forceinline__ DroppedBits draw_dropped(const DropoutWords& words, u
   const PhiloxKeys keys = philox_keys(words.key0, words.key1);
   const Threshold<kIsLow> limit(threshold);
   uint32_t kept = 0;
-#pragma unroll
+#pragma unroll kIlp
   for (int j = 0; j < 4; ++j) {
     const uint32_t y = (static_cast<uint32_t>(row) / 16 + j) * 8 + lane % 4 * 2 + is_odd;
     const Philox4 draws = philox(philox_row(y, head_id, words.key0), column, keys);
@@ -66,11 +66,12 @@ __device__ __forceinline__ DroppedBits draw_dropped(const DropoutWords& words, u
   return ~__byte_perm(kept, other, is_odd ? 0x3175 : 0x6420);
 }
 // Draws for 64 queries from `row` on and this warp's 16 keys from `col` on, both multiples of 16
-// and counted from the sequence's start.
+// and counted from the sequence's start; kIlp calls at a time, which want 10 registers each.
+template <int kIlp>
 __device__ __forceinline__ DroppedBits draw_dropped(const DropoutWords& words, uint32_t head_id,
                                                     uint32_t threshold, int row, int col) {
-  return threshold <= 0x8000u ? draw_dropped<true>(words, head_id, threshold, row, col)
-                              : draw_dropped<false>(words, head_id, threshold, row, col);
+  return threshold <= 0x8000u ? draw_dropped<kIlp, true>(words, head_id, threshold, row, col)
+                              : draw_dropped<kIlp, false>(words, head_id, threshold, row, col);
 }
 
 // Of h = P / 2 and s, which is h with a sign where P is dropped: P where it is kept, and (from that

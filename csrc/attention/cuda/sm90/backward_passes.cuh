@@ -6,7 +6,6 @@
 
 #include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_arguments.h"
-#include "attention/cuda/sm90/backward_common.cuh"
 #include "attention/cuda/sm90/backward_terms.cuh"
 #include "device/element.cuh"
 #include "ptx/sm90.cuh"
@@ -45,29 +44,32 @@ __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, i
   const int last = static_cast<int>(int64_t{count} * group * (split + 1) / splits);
   int query_tile = static_cast<int>(batch_index * heads * a.plan.query_slots);
   if (a.p.mask.varlen) query_tile += s.query_start / kBlockM + s.index + 1;
-  // Where ranges go on with the key tiles.
-  const auto neighbour = [&](int tiles) {
-    return query_tiles<kBlockM, kBlockN>(s, s.first_row + tiles * kBlockN);
-  };
   float* dkv_sum = nullptr;
   if (splits > 1) {
     dkv_sum = a.plan.dkv_sum + split * 2 * a.plan.dkv_elements +
               (int64_t{column} * slots + slot) * a.plan.key_tile_elements;
   }
-  return {.sequence = s,
-          .batch = batch,
-          .range = range,
-          .dkv_sum = dkv_sum,
-          .query_tile = query_tile,
-          .kv_head = kv_head,
-          .first_head = kv_head * group + (count > 0 ? next / count : 0),
-          .first_tile = range.begin + (count > 0 ? next % count : 0),
-          .num_steps = last - next,
-          .first_unseen = slot > 0 ? neighbour(-1).end : range.begin,
-          .end_of_complete = slot + 1 < slots ? neighbour(1).begin : range.end,
-          .next = index + 1 + (slot + 1 < slots ? 0 : (a.workers - 1) * static_cast<int>(slots)),
-          .dropout = find_dropout(a.p, batch, s),
-          .exists = true};
+  KeyTilePlace place = {.sequence = s,
+                        .batch = batch,
+                        .range = range,
+                        .dkv_sum = dkv_sum,
+                        .query_tile = query_tile,
+                        .kv_head = kv_head,
+                        .first_head = kv_head * group + (count > 0 ? next / count : 0),
+                        .first_tile = range.begin + (count > 0 ? next % count : 0),
+                        .num_steps = last - next,
+                        .dropout = find_dropout(a.p, batch, s),
+                        .exists = true};
+  if constexpr (kTakesColumns<Traits>) {
+    const auto neighbour = [&](int tiles) {
+      return query_tiles<kBlockM, kBlockN>(s, s.first_row + tiles * kBlockN);
+    };
+    const bool is_last = slot + 1 == slots;
+    place.first_unseen = slot > 0 ? neighbour(-1).end : range.begin;
+    place.end_of_complete = is_last ? range.end : neighbour(1).begin;
+    place.next = index + 1 + (is_last ? (a.workers - 1) * static_cast<int>(slots) : 0);
+  }
+  return place;
 }
 
 // CTAs [0, query tiles) serve a query tile each, the rest kPlacesPerCta places each. Rows that do
@@ -194,27 +196,55 @@ __device__ __forceinline__ void finish_tile(const float* sums, int64_t buffers,
                                             Element* destination, int64_t row_stride, int rows,
                                             int cols) {
   constexpr int kDimBlocks = kHeadDim / 64, kBlocks = kBlockRows / 64 * kDimBlocks;
-  const int thread = threadIdx.x % 128;
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad_lane = lane % 4;
 #pragma unroll
   for (int first = 0; first < kBlocks; first += kPassThreads / 128) {
     const int block = first + threadIdx.x / 128;
     if (kBlocks % (kPassThreads / 128) != 0 && block >= kBlocks) break;
-    float sum[8][4] = {};
+    float4 sum[8] = {};
     for (int64_t buffer = 0; buffer < buffers; ++buffer) {
       const float4* source =
           reinterpret_cast<const float4*>(sums + buffer * buffer_stride + block * 4096);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const float4 x = source[n * 128 + thread];
-        sum[n][0] += x.x;
-        sum[n][1] += x.y;
-        sum[n][2] += x.z;
-        sum[n][3] += x.w;
+        sum[n] = {sum[n].x + x.x, sum[n].y + x.y, sum[n].z + x.z, sum[n].w + x.w};
       }
     }
-    const int row = block / kDimBlocks * 64, col = block % kDimBlocks * 64;
-    store_block(sum, scale, destination + row * row_stride + col, row_stride, rows - row,
-                cols - col);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = block / kDimBlocks * 64 + thread / 32 * 16 + lane / 4 + 8 * half;
+      uint32_t pairs[8];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        pairs[n] = half == 0 ? device::pack<Element>(sum[n].x * scale, sum[n].y * scale)
+                             : device::pack<Element>(sum[n].z * scale, sum[n].w * scale);
+      }
+      // Lane q of a quad holds columns 8 n + 2 q and + 1 of each n; it leaves with columns 8 q to
+      // 8 q + 7, and 32 more. In turn t it hands lane q ^ t the pair of that lane's columns.
+#pragma unroll
+      for (int group = 0; group < 8; group += 4) {
+        uint32_t words[4];
+#pragma unroll
+        for (int turn = 0; turn < 4; ++turn) {
+          const int chunk = quad_lane ^ turn;
+          const uint32_t out = chunk == 0   ? pairs[group]
+                               : chunk == 1 ? pairs[group + 1]
+                               : chunk == 2 ? pairs[group + 2]
+                                            : pairs[group + 3];
+          const uint32_t in = __shfl_xor_sync(device::kWarp, out, turn);
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            if (q == chunk) words[q] = in;
+          }
+        }
+        const int col = block % kDimBlocks * 64 + 8 * (group + quad_lane);
+        if (row < rows && col < cols) {
+          *reinterpret_cast<uint4*>(destination + row * row_stride + col) = {words[0], words[1],
+                                                                             words[2], words[3]};
+        }
+      }
+    }
   }
 }
 

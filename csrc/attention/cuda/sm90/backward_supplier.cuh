@@ -148,7 +148,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
           const uint32_t head_id = a.p.dropout.head_ids[step.head];
 #pragma unroll
           for (int i = 0; i < kBlockM / 64; ++i) {
-            dropped[i] = draw_dropped(words, head_id, a.p.dropout.threshold, step.row + 64 * i,
+            dropped[i] = draw_dropped<4>(words, head_id, a.p.dropout.threshold, step.row + 64 * i,
                                       s.first_row + warp_row);
           }
         }

@@ -87,7 +87,7 @@ __device__ __forceinline__ void initialise_wide_barriers(typename Traits::Smem& 
     ptx::mbarrier_init(smem.place_full[i], 1);
     // Of each CTA the consumers' and dQ's warps and the thread that looks after dS's way; and the
     // keys CTA's producer.
-    ptx::mbarrier_init(smem.place_empty[i], 2 * 13 + 1);
+    ptx::mbarrier_init(smem.place_empty[i], 2 * (12 * kWarpLanes + 1) + kWarpLanes);
     ptx::mbarrier_init(smem.p_empty[i], 4);
     ptx::mbarrier_init(smem.ds_full[i], 1);
     ptx::mbarrier_init(smem.p_full[i], 1);
@@ -95,7 +95,7 @@ __device__ __forceinline__ void initialise_wide_barriers(typename Traits::Smem& 
   }
   for (int i = 0; i < 4; ++i) {
     ptx::mbarrier_init(smem.full[i], 1);
-    ptx::mbarrier_init(smem.empty[i], 8);
+    ptx::mbarrier_init(smem.empty[i], 8 * kWarpLanes);
   }
   ptx::mbarrier_init(smem.keys_full, 1);
   ptx::mbarrier_init(smem.keys_empty, 8);
@@ -151,11 +151,8 @@ class WideConsumer {
         ptx::fence_async_shared();
         __syncwarp();  // All lanes have copied before the keys are loaded again.
       }
-      __syncwarp();  // All lanes have left the place.
-      if (device::thread_index() % 32 == 0) {
-        if (place.num_steps > 0) ptx::mbarrier_arrive(smem_.keys_empty);
-        ptx::mbarrier_arrive_at(smem_.place_empty[t % 2], 0);
-      }
+      if (place.num_steps > 0) release(smem_.keys_empty);
+      ptx::mbarrier_arrive_at(smem_.place_empty[t % 2], 0);
     }
   }
 
@@ -214,7 +211,7 @@ class WideConsumer {
         dout.advance();
         ptx::mbarrier_wait(smem_.full[dout.stage], dout.phase);
         const DropoutWords words = place.dropout;
-        dropped[0] = draw_dropped(words, a_.p.dropout.head_ids[step.head], a_.p.dropout.threshold,
+        dropped[0] = draw_dropped<1>(words, a_.p.dropout.head_ids[step.head], a_.p.dropout.threshold,
                                   step.row, s.first_row + warp_row());
       }
     };
@@ -251,8 +248,7 @@ class WideConsumer {
           ptx::store_async(p_target + j * 2048, rP[j], p_full);
         }
       }
-      __syncwarp();  // All lanes have read lse.
-      release(smem_.empty[q_slot]);
+      release_read(smem_.empty[q_slot]);
       ring_.advance();
 
       const int dout_slot = ring_.stage;
@@ -264,7 +260,7 @@ class WideConsumer {
       if (is_last) {
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(rDV);
-        release(smem_.empty[dout_slot]);
+        release_read(smem_.empty[dout_slot]);
         break;
       }
       ptx::mbarrier_wait(smem_.full[ring_.stage], ring_.phase);
@@ -272,7 +268,7 @@ class WideConsumer {
       draw();
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(rDV);
-      release(smem_.empty[dout_slot]);
+      release_read(smem_.empty[dout_slot]);
     }
   }
 
@@ -298,9 +294,8 @@ class WideConsumer {
         for (int j = 0; j < kGroups; ++j) {
           minus_delta[j] = load_minus_delta(smem_.minus_delta[dout_slot], j);
         }
-        __syncwarp();  // All lanes have read them.
       }
-      release(smem_.empty[dout_slot]);
+      release_read(smem_.empty[dout_slot]);
       ptx::mbarrier_wait(smem_.own_ds_empty, step_phase_ ^ 1);
       step_phase_ ^= 1;
 #pragma unroll
@@ -328,14 +323,14 @@ class WideConsumer {
       if (is_last) {
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(rDK);
-        release(smem_.empty[q_slot]);
+        release_read(smem_.empty[q_slot]);
         break;
       }
       ptx::mbarrier_wait(smem_.full[ring_.stage], ring_.phase);
       multiply(rDP, -1.0f, quad_lane);
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(rDK);
-      release(smem_.empty[q_slot]);
+      release_read(smem_.empty[q_slot]);
     }
   }
   // P of a step, from the values CTA, whose next may then come.

@@ -48,8 +48,8 @@ __device__ __forceinline__ void bring_operands(const BackwardArguments& a,
     if (!device::uniform(place.exists)) return;
     const int steps = device::uniform(place.num_steps);
     const auto leave_place = [&] {
-      __syncwarp();  // All lanes have left it.
-      if (!kIsValues && is_leader) ptx::mbarrier_arrive_at(smem.place_empty[t % 2], 0);
+      __syncwarp();  // All lanes of the values CTA, whose leader takes the next one, have left it.
+      if (!kIsValues) ptx::mbarrier_arrive_at(smem.place_empty[t % 2], 0);
     };
     if (steps == 0) {
       leave_place();
@@ -260,8 +260,7 @@ __device__ __forceinline__ void make_dq(const BackwardArguments& a, typename Tra
       }
       ring.advance();
     }
-    __syncwarp();  // All lanes have left the place.
-    release_at(smem.place_empty[t % 2], 0);
+    ptx::mbarrier_arrive_at(smem.place_empty[t % 2], 0);
   }
 }
 

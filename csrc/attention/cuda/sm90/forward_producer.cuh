@@ -124,12 +124,15 @@ __device__ inline uint32_t views_of(View view) {
   return __reduce_or_sync(device::kWarp, static_cast<uint32_t>(view) << threadIdx.x % 4 * 2);
 }
 
-// The copies of Q, K and V. K runs one step ahead of V, as the consumers do.
+// The copies of Q, K and V. K runs one step ahead of V, as the consumers do. NOTE: what copies need
+// is at hand before the wait for their place, and a lane is elected where they are issued, so that
+// ptxas knows that there is one. Else each is a loop over the lanes and reads the job again: with
+// the four of a tile at head dim 256, 5 to 6% of all time (H200, 2026-11-28).
 template <typename Traits>
 class ForwardLoader {
  public:
   __device__ ForwardLoader(typename Traits::Smem& smem, const ForwardArguments& a)
-      : smem_(smem), a_(a), is_leader_(threadIdx.x % 32 == 0) {}
+      : smem_(smem), a_(a) {}
 
   // One warp.
   __device__ void run() {
@@ -141,27 +144,27 @@ class ForwardLoader {
       if (jobs == 0) ptx::wait_for_prior_grid();
       // The consumers give a Q from shared memory back only when they wait for this V.
       if (!Traits::kFlattened) load_value();
-      const Place<Traits::kQueryStages> query(jobs);
-      ptx::mbarrier_wait(smem_.q_empty[query.stage], query.parity ^ 1);
-      if (is_leader_) load_query(job, query.stage);
+      load_query(job, Place<Traits::kQueryStages>(jobs));
       const typename Traits::Walk walk(job.range, job.blocks, job.s, smem_.window[1]);
       bool is_first = true;
       for (TileStep step = walk.first(); !step.is_end();) {
         const TileStep next = walk.next(step);
-        const Key place(keys_++);
-        ptx::mbarrier_wait(smem_.k_empty[place.stage], place.parity ^ 1);
-        load_key(job, step, is_first, next, place.stage);
+        load_key(job, step, is_first, next);
         load_value();
-        value_job_ = place_of_job.stage;
-        value_col_ = step.tile() * Traits::kBlockN;
+        has_value_ = true;
+        const int col = step.tile() * Traits::kBlockN;
+        value_ = {job.s.key_start + col, job.kv_head, job.value_batch};
+        value_rows_ = job.s.key_length - col;
         step = next;
         is_first = false;
       }
+      // Every lane has read the job, and V of its last step needs it no more.
+      ptx::mbarrier_arrive(smem_.job_empty[place_of_job.stage]);
     }
     load_value();
     const Key place(keys_);
     ptx::mbarrier_wait(smem_.k_empty[place.stage], place.parity ^ 1);
-    if (is_leader_) {
+    if (ptx::elect_one()) {
       smem_.step[place.stage] = Step::end().code();
       ptx::mbarrier_arrive(smem_.k_full[place.stage]);
     }
@@ -170,33 +173,39 @@ class ForwardLoader {
  private:
   using Key = Place<Traits::kKeyStages>;
   using Value = Place<Traits::kValueStages>;
+  struct Origin {  // of a tile in its array
+    int row, head, batch;
+  };
 
-  __device__ void load_query(const typename Traits::Job& job, int stage) {
-    using Tile = typename Traits::QueryTile;
-    Tile& tile = smem_.query[stage];
-    ptx::Mbarrier& full = smem_.q_full[stage];
-    ptx::mbarrier_arrive_expect(full, sizeof(Tile));
+  template <typename Tile>
+  __device__ __forceinline__ static void copy(Tile& tile, const CUtensorMap& map, Origin from,
+                                              ptx::Mbarrier& full, ptx::L2Hint hint) {
 #pragma unroll
     for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-      ptx::tma_load(reinterpret_cast<char*>(&tile) + slab * Tile::kSlabBytes, a_.q.map, full,
-                    64 * slab, job.s.query_start + job.s.first_row, job.head, job.query_batch,
-                    ptx::L2Hint::kEvictFirst);
+      ptx::tma_load(reinterpret_cast<char*>(&tile) + slab * Tile::kSlabBytes, map, full, 64 * slab,
+                    from.row, from.head, from.batch, hint);
+    }
+  }
+
+  __device__ void load_query(const typename Traits::Job& job, Place<Traits::kQueryStages> place) {
+    const Origin from{job.s.query_start + job.s.first_row, job.head, job.query_batch};
+    auto& tile = smem_.query[place.stage];
+    ptx::Mbarrier& full = smem_.q_full[place.stage];
+    ptx::mbarrier_wait(smem_.q_empty[place.stage], place.parity ^ 1);
+    if (ptx::elect_one()) {
+      ptx::mbarrier_arrive_expect(full, sizeof(tile));
+      copy(tile, a_.q.map, from, full, ptx::L2Hint::kEvictFirst);
     }
   }
   __device__ void load_key(const typename Traits::Job& job, TileStep step, bool is_first,
-                           TileStep next, int stage) {
-    using Tile = typename Traits::KeyTile;
-    Tile& tile = smem_.key[stage];
-    ptx::Mbarrier& full = smem_.k_full[stage];
+                           TileStep next) {
     const int col = step.tile() * Traits::kBlockN;
-    if (is_leader_) {
-#pragma unroll
-      for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-        ptx::tma_load(reinterpret_cast<char*>(&tile) + slab * Tile::kSlabBytes, a_.k.map, full,
-                      64 * slab, job.s.key_start + col, job.kv_head, job.key_batch,
-                      ptx::L2Hint::kEvictLast);
-      }
-    }
+    const Origin from{job.s.key_start + col, job.kv_head, job.key_batch};
+    const Key place(keys_++);
+    auto& tile = smem_.key[place.stage];
+    ptx::Mbarrier& full = smem_.k_full[place.stage];
+    ptx::mbarrier_wait(smem_.k_empty[place.stage], place.parity ^ 1);
+    if (ptx::elect_one()) copy(tile, a_.k.map, from, full, ptx::L2Hint::kEvictLast);
     // What the warpgroups see is found while the copy runs; of full tiles nothing is asked.
     uint32_t views = 0, plain_next = !next.is_end() && next.is_full() ? 15 : 0;
     if (!step.is_full()) views = views_of(view_of<Traits>(job.s, job.blocks, col));
@@ -204,54 +213,50 @@ class ForwardLoader {
       const View view = view_of<Traits>(job.s, job.blocks, next.tile() * Traits::kBlockN);
       plain_next = __ballot_sync(device::kWarp, view == View::kAll) & 15;
     }
-    if (is_leader_) {
-      smem_.step[stage] = Step(step, is_first, next, views, plain_next).code();
-      ptx::mbarrier_arrive_expect(full, sizeof(Tile));
+    if (ptx::elect_one()) {
+      smem_.step[place.stage] = Step(step, is_first, next, views, plain_next).code();
+      ptx::mbarrier_arrive_expect(full, sizeof(tile));
     }
   }
 
-  // The V of the last step whose V has not come yet, if any.
+  // The V that has not come yet, if any.
   __device__ void load_value() {
     using Tile = typename Traits::ValueTile;
-    if (value_job_ < 0) return;
-    const auto& job = smem_.job[value_job_];  // not given back before its last V is used
-    const int value_row = job.s.key_start + value_col_, valid = job.s.key_length - value_col_;
+    if (!has_value_) return;
+    has_value_ = false;
     const Value place(values_++);
-    ptx::mbarrier_wait(smem_.v_empty[place.stage], place.parity ^ 1);
     Tile& tile = smem_.value[place.stage];
     // Rows past the keys that take part, but inside the array, may hold anything, NaN too: 0 times
     // that is no zero.
-    const bool is_ragged = valid < Traits::kBlockN && value_row + valid < a_.p.seq_k;
+    const bool is_ragged = value_rows_ < Traits::kBlockN && value_.row + value_rows_ < a_.p.seq_k;
     ptx::Mbarrier& full = is_ragged ? smem_.ragged : smem_.v_full[place.stage];
-    if (is_leader_) {
+    ptx::mbarrier_wait(smem_.v_empty[place.stage], place.parity ^ 1);
+    if (ptx::elect_one()) {
       ptx::mbarrier_arrive_expect(full, sizeof(Tile));
-#pragma unroll
-      for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-        ptx::tma_load(reinterpret_cast<char*>(&tile) + slab * Tile::kSlabBytes, a_.v.map, full,
-                      64 * slab, value_row, job.kv_head, job.value_batch, ptx::L2Hint::kEvictLast);
-      }
+      copy(tile, a_.v.map, value_, full, ptx::L2Hint::kEvictLast);
     }
     if (is_ragged) {
       ptx::mbarrier_wait(smem_.ragged, ragged_parity_);
       ragged_parity_ ^= 1;
       for (int slab = 0; slab < Tile::kSlabs; ++slab) {
         char* bytes = reinterpret_cast<char*>(&tile) + slab * Tile::kSlabBytes;
-        for (int i = valid * 128 + threadIdx.x % 32 * 16; i < Tile::kSlabBytes; i += 512) {
+        for (int i = value_rows_ * 128 + threadIdx.x % 32 * 16; i < Tile::kSlabBytes; i += 512) {
           *reinterpret_cast<uint4*>(bytes + i) = {};
         }
       }
       ptx::fence_async_shared();  // wgmma reads the zeros
       __syncwarp();               // of all lanes
-      if (is_leader_) ptx::mbarrier_arrive(smem_.v_full[place.stage]);
+      if (ptx::elect_one()) ptx::mbarrier_arrive(smem_.v_full[place.stage]);
     }
-    value_job_ = -1;
   }
 
   typename Traits::Smem& smem_;
   const ForwardArguments& a_;
-  const bool is_leader_;
-  uint32_t keys_ = 0, values_ = 0;      // loaded so far
-  int value_job_ = -1, value_col_ = 0;  // whose V has not come yet, if any
+  uint32_t keys_ = 0, values_ = 0;  // loaded so far
+  // The V of a step that has not come yet: where it lies, and how many of its rows take part.
+  bool has_value_ = false;
+  Origin value_ = {};
+  int value_rows_ = 0;
   uint32_t ragged_parity_ = 0;
 };
 
