@@ -291,8 +291,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
       const auto draw = [&](int head, int row) {
         if constexpr (Traits::kHasDropout) {
           const DropoutWords words = place.dropout;
-          dropped[0] = draw_dropped<4>(words, a.p.dropout.head_ids[head], a.p.dropout.threshold, row,
-                                    s.first_row + warp_row);
+          dropped[0] = draw_dropped<4>(words, a.p.dropout.head_ids[head], a.p.dropout.threshold,
+                                       row, s.first_row + warp_row);
         }
       };
       // Writes the finished block of dQ, and hands it to the thread that adds it to the sums.

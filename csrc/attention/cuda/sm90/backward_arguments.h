@@ -51,6 +51,7 @@ struct BackwardArguments {
   // dQ so far. The list's order is then that of the additions, so that whoever waits for its turn
   // waits for tiles that others have taken.
   int* additions = nullptr;
+  float lse_factor = 0.0f;  // of lse, in base 2, in S before scale: -1 / (scale log2(e))
 };
 
 // Where -delta in 16 bits, for dropout, begins among a tile's stats, in bytes.

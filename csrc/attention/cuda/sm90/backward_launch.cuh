@@ -47,6 +47,7 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   a.places = static_cast<KeyTilePlace*>(plan.places);
   a.next_tile = plan.counters;
   a.additions = plan.counters + 4;
+  a.lse_factor = -1.0f / (p.scale * 1.4426950408889634f);
   if (!make_operand_map(p, p.q, p.seq_q, p.heads, p.head_dim, kBlockM, a.q) ||
       !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, kBlockN, a.k) ||
       !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, kBlockN, a.v) ||

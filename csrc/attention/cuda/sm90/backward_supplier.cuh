@@ -149,7 +149,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
 #pragma unroll
           for (int i = 0; i < kBlockM / 64; ++i) {
             dropped[i] = draw_dropped<4>(words, head_id, a.p.dropout.threshold, step.row + 64 * i,
-                                      s.first_row + warp_row);
+                                         s.first_row + warp_row);
           }
         }
       };
