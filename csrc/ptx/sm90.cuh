@@ -186,6 +186,14 @@ __device__ __forceinline__ void red_add_4(float* destination, const float (&x)[4
       : "memory");
 }
 
+// "ld.relaxed", .v4: four f32 as they are in L2, this thread's own reductions included.
+__device__ __forceinline__ void load_relaxed_4(const float* source, float (&x)[4]) {
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "l"(__cvta_generic_to_global(source))
+               : "memory");
+}
+
 // "stmatrix": four 8x8 matrices of 16-bit elements, the reverse of ldmatrix_x4 (and of
 // ldmatrix_x4_trans).
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&d)[4]) {
