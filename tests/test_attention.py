@@ -93,6 +93,18 @@ def test_shapes(implementation, dtype, shape, option):
     check_attention(implementation, dtype, SHAPES[shape], OPTIONS[option])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "option,seq_q,seq_k,packing",
+    [("none", 131, 259, "kv"), ("causal", 261, 261, "separate"), ("window_sides", 261, 261, "kv")],
+)
+def test_many_short_sequences(dtype, option, seq_q, seq_k, packing):
+    """Enough of them that the Hopper backward gives each of its CTAs whole sequences."""
+    shape = Shape(43, seq_q, seq_k, 6, 3, 40)
+    check_attention("cuda", dtype, shape, OPTIONS[option], packing=packing)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("packing,kv_heads,seq_k", [("qkv", 4, 133), ("kv", 2, 77)])
 @pytest.mark.parametrize("option", ["causal", "dropout"])

@@ -1,5 +1,9 @@
 """Dropout: the very bits, whatever computes them, and the statistics one expects of them."""
 
+import pathlib
+import shutil
+import subprocess
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +12,9 @@ import pytest
 import jax_flash
 from jax_flash._ops import dropout
 from jax_flash.reference import attention as reference
-from tests.helpers import IMPLEMENTATIONS, KEY, device, random
+from tests.helpers import IMPLEMENTATIONS, KEY, Shape, check_attention, device, random
+
+CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 
 
 def test_philox_known_answers():
@@ -32,6 +38,34 @@ def test_philox_known_answers():
             int(word) for word in reference.philox(counter, key)
         )
         assert tuple(int(word) for word in ours) == expected
+
+
+def test_philox_in_parts(tmp_path):
+    """What the kernels compute once a row or once a column of calls, compiled for the host."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or not CSRC.is_dir():
+        pytest.skip("no C++ compiler or no sources here")
+    program = tmp_path / "philox_test"
+    source = CSRC / "testing" / "philox_test.cc"
+    command = [compiler, "-std=c++20", "-O2", "-Wall", f"-I{CSRC}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "dtype,rate",
+    [("bfloat16", rate) for rate in (0.1, 0.5, 0.5001, 0.9)]
+    + [("float16", rate) for rate in (0.1, 0.9)],
+)
+def test_gradients(dtype, head_dim, rate):
+    """Each kernel, with thresholds on both sides of the one where the comparison changes."""
+    options = dict(dropout_rate=rate, is_causal=rate < 0.5, causal_offset="bottom_right")
+    if not options["is_causal"]:
+        del options["causal_offset"]
+    check_attention("cuda", dtype, Shape(2, 200, 333, 6, 2, head_dim), options)
 
 
 def mask_of(implementation, rate, key, shape, **options):

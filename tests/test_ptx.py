@@ -198,6 +198,16 @@ def test_bulk_reduce_add(run, columns):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rounds", [1, 2, 50])
+def test_own_sum(run, rounds):
+    """What a thread has stored and added to in global memory, it finds in full."""
+    source = _integers(rounds, rounds, 4096)
+    sums, out = run("own_sum", (_shape("float32", 4096), _shape("float32", 4096)), source)
+    np.testing.assert_array_equal(out, source.sum(0))
+    np.testing.assert_array_equal(sums, out)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("transpose", [False, True])
 def test_stmatrix(run, transpose):
     """Stores what the documented fragments say, and ldmatrix reads it back."""

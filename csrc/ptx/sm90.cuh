@@ -186,6 +186,14 @@ __device__ __forceinline__ void red_add_4(float* destination, const float (&x)[4
       : "memory");
 }
 
+// "ld.relaxed", .v4: four f32 as they are in L2, this thread's own reductions included.
+__device__ __forceinline__ void load_relaxed_4(const float* source, float (&x)[4]) {
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "l"(__cvta_generic_to_global(source))
+               : "memory");
+}
+
 // "stmatrix": four 8x8 matrices of 16-bit elements, the reverse of ldmatrix_x4 (and of
 // ldmatrix_x4_trans).
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&d)[4]) {
@@ -207,18 +215,6 @@ __device__ __forceinline__ void launch_dependents() {
 }
 __device__ __forceinline__ void wait_for_prior_grid() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// "Integer arithmetic instructions: min, max": of the unsigned halves of two words.
-__device__ __forceinline__ uint32_t min_pair(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("min.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-__device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
 }
 
 }  // namespace jax_flash::ptx

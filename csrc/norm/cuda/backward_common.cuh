@@ -6,10 +6,10 @@
 //   dx = dropout(ds),   dweight = sum of dz * y,   dbias = sum of dz
 //
 // One CTA fills an SM. A thread has two vectors of 8 columns, whose sums stay in its registers
-// while its team goes through pairs of rows (single ones where the stream is float32). The next
-// units are on their way into shared memory, where every thread copies what it will read itself:
-// the sums across the team are a unit's only barrier. Teams, then CTAs are added in a fixed order:
-// the same bits in every run on the same kind of GPU.
+// while its team goes through rows (with dropout pairs of rows, layout.h). The next units are on
+// their way into shared memory, where every thread copies what it will read itself: the sums across
+// the team are a unit's only barrier. Teams, then CTAs are added in a fixed order: the same bits in
+// every run on the same kind of GPU.
 #pragma once
 
 #include "device/opaque.cuh"
@@ -21,12 +21,13 @@ namespace jax_flash::norm {
 
 // A thread's own places in shared memory, [warp][stage][row][vector][stream, dz, dstream]: chunks
 // of 16 bytes, those of neighbouring lanes beside each other.
-template <typename X, typename S, int kRows>
+template <typename X, typename S, bool kHasDropout>
 class OwnStages {
  public:
+  static constexpr int kRows = backward_rows(sizeof(S), kHasDropout);
   static constexpr int kChunksX = Raw<X>::kChunks, kChunksS = Raw<S>::kChunks;
   static constexpr int kChunks = kChunksX + 2 * kChunksS;  // of a vector of all three
-  static constexpr int kBytes = backward_stage_bytes(sizeof(X), sizeof(S));  // of a warp
+  static constexpr int kBytes = backward_stage_bytes(sizeof(X), sizeof(S), kHasDropout);
   static_assert(kBytes == kRows * kBackwardVectors * kChunks * kChunkBytes);
 
   __device__ OwnStages(char* memory, int stages)
@@ -92,7 +93,8 @@ template <typename X, typename S, bool kHasDropout>
 __global__ void __launch_bounds__(kBackwardThreads)
     backward_common_kernel(const __grid_constant__ BackwardParams p,
                            const __grid_constant__ Layout layout) {
-  constexpr int kRows = kBackwardRows<sizeof(S)>, kVectors = kBackwardVectors;
+  using Stages = OwnStages<X, S, kHasDropout>;
+  constexpr int kRows = Stages::kRows, kVectors = kBackwardVectors;
   constexpr int kWarpColumns = 32 * kCols * kVectors;
   constexpr int kValues = 2 * kRows, kLanes = 32 / kValues;  // two means of each row
   extern __shared__ __align__(16) char shared_memory[];
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
   auto first_row = [&](int unit) { return kRows == 2 ? unit / 8 * 16 + unit % 8 : unit; };
   auto has_row = [&](int row, int r) { return r == 0 || row + 8 < rows; };
   auto offset = [&](int r, int v) { return r * 8 * int64_t{width} + 32 * kCols * v; };
-  const OwnStages<X, S, kRows> stages(shared_memory, layout.stages);
+  const Stages stages(shared_memory, layout.stages);
   const auto* stream =
       static_cast<const S*>(p.stream.data) + entry * p.stream.entry_stride + column;
   const auto* dz = static_cast<const X*>(p.dz.data) + entry * p.dz.entry_stride + column;
@@ -147,14 +149,12 @@ __global__ void __launch_bounds__(kBackwardThreads)
   DropoutKey key;
   if (kHasDropout) key = DropoutKey(p, entry);
   float next_mean[kRows] = {}, next_rsigma[kRows] = {};
-  uint32_t next_id[kRows] = {};
   auto read_scalars = [&](int unit) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int row = min(first_row(unit) + 8 * r, rows - 1);
       if (p.mean.data) next_mean[r] = p.mean.data[entry * p.mean.entry_stride + row];
       next_rsigma[r] = p.rsigma.data[entry * p.rsigma.entry_stride + row];
-      if (kHasDropout) next_id[r] = p.row_ids.data[entry * p.row_ids.entry_stride + row];
     }
   };
   read_scalars(unit);
@@ -164,12 +164,15 @@ __global__ void __launch_bounds__(kBackwardThreads)
     const int row = first_row(unit), ahead = unit + layout.stages * step;
     const int row_ahead = first_row(ahead);
     float rsigma[kRows], shift[kRows];  // y = stream * rsigma + shift
-    uint32_t id[kRows];
+    uint32_t id[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       rsigma[r] = next_rsigma[r];
       shift[r] = -next_mean[r] * next_rsigma[r];
-      id[r] = next_id[r];
+      if (kHasDropout) {
+        const int own_row = min(row + 8 * r, rows - 1);
+        id[r] = p.row_ids.data[entry * p.row_ids.entry_stride + own_row];
+      }
     }
     read_scalars(unit + step);
     wait_for_oldest(layout.stages);

@@ -1,6 +1,7 @@
 // The forward of the common call (layout.h): a team of warps has one row, or a pair of rows that
 // share their random draws, in registers from the first load to the last store. Many CTAs on an SM,
-// each with all its loads in flight at once, hide each other's latencies; nothing is copied ahead.
+// each with all its loads in flight at once, hide each other's latencies. Nothing is copied ahead,
+// but rows of CTAs that start soon may be brought into L2.
 //
 //   s = residual + dropout(x),   kept rounded
 //   z = (s - mean) * rsigma * weight + bias                              of s before it is rounded
@@ -47,6 +48,13 @@ class OwnPair {
   uint32_t own_;
 };
 
+// Brings what a warp's lanes have at `own` into L2: of those that share a line, one asks for it.
+template <typename Element>
+__device__ __forceinline__ void prefetch_lines(const Element* own, int lane) {
+  constexpr int kLanesOfLine = 128 / (kCols * sizeof(Element));
+  if (lane % kLanesOfLine == 0) ptx::prefetch_l2(own);
+}
+
 template <typename X, typename S, bool kHasDropout>
 __global__ void __launch_bounds__(kForwardThreads, 2)
     forward_common_kernel(const __grid_constant__ ForwardParams p,
@@ -77,6 +85,15 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   const auto* x = at(static_cast<const X*>(p.x.data), entry * p.x.entry_stride + own);
   const auto* residual =
       at(static_cast<const S*>(p.residual.data), entry * p.residual.entry_stride + own);
+  if (layout.rows_ahead > 0 && first + layout.rows_ahead < p.rows) {  // of a pair one row
+    const int64_t ahead = int64_t{layout.rows_ahead} * width;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (!has_column[v]) break;
+      prefetch_lines(x + ahead + 32 * kCols * v, lane);
+      if (p.residual.data) prefetch_lines(residual + ahead + 32 * kCols * v, lane);
+    }
+  }
   extern __shared__ __align__(16) char shared_memory[];
   const OwnPair<X, S> pair(shared_memory);
   Raw<X> raw_x[kRows][kVectors];

@@ -17,6 +17,7 @@ struct Layout {
   bool fits = true;              // into this GPU's shared memory
   float per_column = 0.0f;       // 1 / width
   float per_last_column = 0.0f;  // forward: of those that a team's last warp has
+  int rows_ahead = 0;            // forward: how far ahead rows are brought into L2; 0: none are
 };
 
 inline constexpr int kCommonWidth = 8192, kCommonEntries = 65535;
@@ -26,16 +27,19 @@ inline constexpr int kForwardVectors = 2, kBackwardVectors = 2;
 inline constexpr int kForwardThreads = kCommonWidth / kCols / kForwardVectors;  // of a CTA at most
 inline constexpr int kStaticBytes = 1024;  // of shared memory, at most
 
-// The backward: threads of a CTA, which fills an SM (128 registers each). A unit is a pair of rows;
-// with a float32 stream, of which pairs would take too much shared memory, it is one row.
-inline constexpr int kBackwardThreads = 512;
-template <int kStreamBytes>
-inline constexpr int kBackwardRows = kStreamBytes == 2 ? 2 : 1;
+// The backward: threads of a CTA, which fills an SM (128 registers each). A unit is a row, of which
+// two are enough on the way: with four some SMs ran further ahead of others (4096 features: 134.6
+// us for 133.0, H200, 2026-11-28). With dropout it is a pair of rows; with a float32 stream, of
+// which pairs would take too much shared memory, a row.
+inline constexpr int kBackwardThreads = 512, kBackwardStages = 2;
+constexpr int backward_rows(int64_t stream_bytes, bool has_dropout) {
+  return has_dropout && stream_bytes == 2 ? 2 : 1;
+}
 
 // A warp's shared memory for a unit (elements of the stream, dz and dstream), and for weights.
-constexpr int backward_stage_bytes(int64_t x_bytes, int64_t stream_bytes) {
-  return static_cast<int>((x_bytes + 2 * stream_bytes) * (stream_bytes == 2 ? 2 : 1)) * kCols *
-         kBackwardVectors * 32;
+constexpr int backward_stage_bytes(int64_t x_bytes, int64_t stream_bytes, bool has_dropout) {
+  return static_cast<int>(x_bytes + 2 * stream_bytes) * backward_rows(stream_bytes, has_dropout) *
+         kCols * kBackwardVectors * 32;
 }
 inline constexpr int kBackwardWeightBytes = 4 * kCols * kBackwardVectors * 32;
 
@@ -56,6 +60,9 @@ inline const char* forward_layout(const ForwardParams& p, Layout& layout) {
         static_cast<int>(layout.warps * layout.teams * kWarpColumns * column_bytes);
   }
   layout.fits = layout.shared_bytes <= device.shared_bytes - kStaticBytes;
+  // A quarter of the CTAs that run at a time. At 4096 features 130.3 us for 133.2, with half of
+  // them 130.6, but with all of them 141.1; other widths were not tried (H200, 2026-11-28).
+  if (layout.warps > 4 && layout.warps <= 8) layout.rows_ahead = device.sms;
   layout.per_column = 1.0f / p.width;
   layout.per_last_column = 1.0f / (p.width - kWarpColumns * (layout.warps - 1));
   return nullptr;
@@ -65,18 +72,19 @@ inline const char* backward_layout(const BackwardParams& p, Layout& layout) {
   Device device;
   if (const char* error = device.read()) return error;
   const int64_t stream_bytes = item_bytes(p.stream_dtype);
+  const bool has_dropout = p.dropout_threshold > 0;
   constexpr int kWarpColumns = 32 * kCols * kBackwardVectors;
   layout.warps = static_cast<int>((p.width + kWarpColumns - 1) / kWarpColumns);
-  layout.units = static_cast<int>(num_units(p.rows, stream_bytes == 2));
+  layout.units = static_cast<int>(num_units(p.rows, backward_rows(stream_bytes, has_dropout) == 2));
   layout.per_column = 1.0f / p.width;
   // As many teams as have something to do and fit; there are 15 named barriers
   const int64_t most = std::min(kBackwardThreads / 32 / layout.warps, layout.warps > 1 ? 15 : 16);
   const int64_t busy = layout.units * p.entries / device.sms;
   layout.teams = static_cast<int>(std::clamp<int64_t>(busy, 1, most));
-  const int stage_bytes = backward_stage_bytes(item_bytes(p.dtype), stream_bytes);
+  const int stage_bytes = backward_stage_bytes(item_bytes(p.dtype), stream_bytes, has_dropout);
   for (;; --layout.teams) {
     const int of_warp = (device.shared_bytes - kStaticBytes) / (layout.warps * layout.teams);
-    layout.stages = std::clamp((of_warp - kBackwardWeightBytes) / stage_bytes, 0, 4);
+    layout.stages = std::clamp((of_warp - kBackwardWeightBytes) / stage_bytes, 0, kBackwardStages);
     if (layout.stages >= 2 || layout.teams == 1) break;
   }
   layout.fits = layout.stages > 0;

@@ -148,6 +148,24 @@ __global__ void bulk_reduce_kernel(const float* source, int rounds, int columns,
   if (threadIdx.x == 0) ptx::bulk_wait<0, false>();
 }
 
+// A thread's own sums in global memory: stored, added to, and found again.
+__global__ void own_sum_kernel(const float* source, int rounds, int columns, float* sums,
+                               float* out) {
+  const int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= columns) return;
+  const auto row = [&](int round) {
+    return *reinterpret_cast<const float4*>(source + int64_t{round} * columns + i);
+  };
+  *reinterpret_cast<float4*>(sums + i) = row(0);
+  for (int round = 1; round < rounds; ++round) {
+    const float4 x = row(round);
+    ptx::red_add_4(sums + i, {x.x, x.y, x.z, x.w});
+  }
+  float x[4];
+  ptx::load_relaxed_4(sums + i, x);
+  *reinterpret_cast<float4*>(out + i) = {x[0], x[1], x[2], x[3]};
+}
+
 }  // namespace
 
 const char* launch_tma_load(const uint16_t* source, const int64_t (&sizes)[4],
@@ -202,6 +220,13 @@ const char* launch_bulk_reduce(const float* source, int ctas, int rounds, int co
                                cudaStream_t stream) {
   if (columns > kReduceColumns || columns % 4 != 0) return "columns: expected a multiple of 4";
   bulk_reduce_kernel<<<ctas, 128, 0, stream>>>(source, rounds, columns, total);
+  return last_error();
+}
+
+const char* launch_own_sum(const float* source, int rounds, int columns, float* sums, float* out,
+                           cudaStream_t stream) {
+  if (columns % 4 != 0) return "columns: expected a multiple of 4";
+  own_sum_kernel<<<(columns + 511) / 512, 128, 0, stream>>>(source, rounds, columns, sums, out);
   return last_error();
 }
 

@@ -92,6 +92,12 @@ ffi::Error bulk_reduce(cudaStream_t stream, F32 source, F32 before, ffi::Result<
                                      total->typed_data(), stream));
 }
 
+ffi::Error own_sum(cudaStream_t stream, F32 source, ffi::Result<F32> sums, ffi::Result<F32> out) {
+  const auto dims = source.dimensions();
+  return to_error(launch_own_sum(source.typed_data(), dim(dims, 0), dim(dims, 1),
+                                 sums->typed_data(), out->typed_data(), stream));
+}
+
 ffi::Error stmatrix(cudaStream_t stream, U32 fragments, ffi::Result<U16> matrix,
                     ffi::Result<U32> back, bool transpose) {
   return to_error(launch_stmatrix(fragments.typed_data(), transpose, matrix->typed_data(),
@@ -167,6 +173,11 @@ XLA_FFI_DEFINE_HANDLER(BulkReduce, bulk_reduce,
                            .Arg<F32>()    // source
                            .Arg<F32>()    // before
                            .Ret<F32>());  // total
+XLA_FFI_DEFINE_HANDLER(OwnSum, own_sum,
+                       bind()
+                           .Arg<F32>()    // source
+                           .Ret<F32>()    // sums
+                           .Ret<F32>());  // out
 XLA_FFI_DEFINE_HANDLER(Stmatrix, stmatrix,
                        bind()
                            .Arg<U32>()  // fragments
@@ -208,6 +219,7 @@ NB_MODULE(_cuda_testing, module) {
     table["jax_flash_testing.tma_store"] = handler(TmaStore);
     table["jax_flash_testing.pipeline"] = handler(Pipeline);
     table["jax_flash_testing.bulk_reduce"] = handler(BulkReduce);
+    table["jax_flash_testing.own_sum"] = handler(OwnSum);
     table["jax_flash_testing.stmatrix"] = handler(Stmatrix);
     table["jax_flash_testing.named_barriers"] = handler(NamedBarriers);
     table["jax_flash_testing.dependent_pair"] = handler(DependentPair);

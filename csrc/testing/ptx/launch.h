@@ -44,6 +44,11 @@ const char* launch_pipeline(const float* source, int steps, int delay, float* su
 const char* launch_bulk_reduce(const float* source, int ctas, int rounds, int columns, float* total,
                                cudaStream_t stream);
 
+// Each thread stores four sums, adds the other rounds to them and finds them again.
+// source: [rounds, columns]; sums, out: [columns].
+const char* launch_own_sum(const float* source, int rounds, int columns, float* sums, float* out,
+                           cudaStream_t stream);
+
 // matrix [16, 16]: what stmatrix_x4 (or its .trans form) makes of fragments [32, 4]; back
 // [32, 4]: what the ldmatrix of the same form reads again.
 const char* launch_stmatrix(const uint32_t* fragments, bool transpose, uint16_t* matrix,

@@ -19,27 +19,39 @@ struct alignas(16) KeyTilePlace {
   Sequence sequence;
   BatchIndex batch;
   TileRange range;
-  float *dq_sum, *dkv_sum;  // dkv_sum: of this tile and split; nullptr: dK and dV leave whole
+  float* dkv_sum;  // of this tile and split; nullptr: dK and dV leave whole
   int query_tile;  // of head 0 and the sequence's first rows: [batches, heads, query_slots]
   int kv_head, first_head, first_tile, num_steps;
+  // Where a CTA takes whole columns (backward_column.cuh). Of the range, the tiles that no key tile
+  // before this one sees, and those that none after it does:
+  int first_unseen, end_of_complete;
+  int next;  // the number of the CTA's next place
   DropoutWords dropout;
   bool exists;  // or this is the end of the list
 };
+
+// A CTA has all key tiles of a column, in their order, and makes dQ as such: its sums need neither
+// zeros nor another kernel.
+template <class Traits>
+inline constexpr bool kTakesColumns = false;
 
 struct BackwardArguments {
   BackwardParams p;
   BackwardPlan plan;
   OperandMap q, k, v, dout;
+  OperandMap dk, dv;  // of 16 rows; where a CTA takes whole columns
   // Key tiles are numbered by section, slot, column of the section: the slots of `section` columns
   // (batch entry, kv head) pass by together, the first slots, which a causal mask makes the
   // longest, first.
   int num_places = 0, section = 1;
+  int workers = 0;                 // CTAs or pairs of them
   KeyTilePlace* places = nullptr;  // [num_places + 1]: [key tiles, key_splits], and the end
   int* next_tile = nullptr;        // how many tiles were taken beyond the first of each CTA or pair
   // [batches, heads, query_slots, 2]: where deterministic, what was added to each part of a tile's
   // dQ so far. The list's order is then that of the additions, so that whoever waits for its turn
   // waits for tiles that others have taken.
   int* additions = nullptr;
+  float lse_factor = 0.0f;  // of lse, in base 2, in S before scale: -1 / (scale log2(e))
 };
 
 // Where -delta in 16 bits, for dropout, begins among a tile's stats, in bytes.

@@ -46,7 +46,7 @@ template <class Traits>
 __device__ __forceinline__ DqTarget find_target(const BackwardArguments& a,
                                                 const KeyTilePlace& place, int sum, int row) {
   const Sequence& s = place.sequence;
-  DqTarget target{place.dq_sum + int64_t{sum} * (Traits::kBlockM * Traits::kHeadDim),
+  DqTarget target{a.plan.dq_sum + int64_t{sum} * (Traits::kBlockM * Traits::kHeadDim),
                   a.additions + 2 * sum, 0};
   if (a.p.deterministic) {
     const int last_row = min(row + Traits::kBlockM, s.query_length) - 1;

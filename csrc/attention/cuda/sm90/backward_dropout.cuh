@@ -16,7 +16,6 @@
 #include "device/opaque.cuh"
 #include "device/warp.cuh"
 #include "ptx/sm80.cuh"
-#include "ptx/sm90.cuh"
 
 namespace jax_flash::attention::sm90 {
 
@@ -30,7 +29,7 @@ class Threshold {
       : limit_((kIsLow ? threshold : threshold - 1) * 0x10001u),
         rest_((0x8000u - threshold) * 0x10001u) {}
   __device__ __forceinline__ uint32_t passes(uint32_t word) const {
-    return (kIsLow ? ptx::min_pair(word, limit_) : ptx::max_pair(word, limit_)) + rest_;
+    return (kIsLow ? __vminu2(word, limit_) : __vmaxu2(word, limit_)) + rest_;
   }
 
  private:

@@ -11,8 +11,7 @@ namespace jax_flash::attention::sm90 {
 // and query i + 8 n + 2 (l % 4) + e % 2, both counted from the sequence's start and multiples of
 // 16. Queries past query_length keep what they have: their lse makes P zero.
 template <int kN>
-__device__ __forceinline__ void mask_scores(float (&rS)[kN][4], const Sequence& s,
-                                            const BlockMask& blocks, int j, int i) {
+__device__ __forceinline__ void mask_scores(float (&rS)[kN][4], const Sequence& s, int j, int i) {
   const int lane = threadIdx.x % 32, first = i + 2 * (lane % 4);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -28,6 +27,11 @@ __device__ __forceinline__ void mask_scores(float (&rS)[kN][4], const Sequence& 
       }
     }
   }
+}
+template <int kN>
+__device__ __forceinline__ void mask_scores(float (&rS)[kN][4], const Sequence& s,
+                                            const BlockMask& blocks, int j, int i) {
+  mask_scores(rS, s, j, i);
   if (blocks.data != nullptr && j < s.key_length) {
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {

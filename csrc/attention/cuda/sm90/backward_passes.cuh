@@ -23,15 +23,17 @@ __device__ __forceinline__ DropoutWords find_dropout(const BackwardParams& p,
 }
 
 // All lanes of a warp must call it together.
-template <int kBlockM, int kBlockN>
+template <class Traits>
 __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, int index) {
+  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   const uint32_t splits = a.plan.key_splits, split = index % splits, tile = index / splits;
   const uint32_t section = a.section, slots = a.plan.key_slots;
   const uint32_t in_section = tile % (section * slots);
   const uint32_t column = tile / (section * slots) * section + in_section % section;
   // The last key tiles first where the order of the list is that of the additions to dQ: under a
   // causal mask they see the fewest queries, and nobody needs to wait for them.
-  const uint32_t slot = a.p.deterministic ? slots - 1 - in_section / section : in_section / section;
+  const bool descends = a.p.deterministic && !kTakesColumns<Traits>;
+  const uint32_t slot = descends ? slots - 1 - in_section / section : in_section / section;
   const uint32_t kv_heads = a.p.kv_heads, heads = a.p.heads, batch_index = column / kv_heads;
   const BatchIndex batch(a.p, batch_index);
   const Sequence s = find_sequence(a.p, batch, Axis::kKey, kBlockN, static_cast<int>(slot));
@@ -47,18 +49,27 @@ __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, i
     dkv_sum = a.plan.dkv_sum + split * 2 * a.plan.dkv_elements +
               (int64_t{column} * slots + slot) * a.plan.key_tile_elements;
   }
-  return {.sequence = s,
-          .batch = batch,
-          .range = range,
-          .dq_sum = a.plan.dq_sum,
-          .dkv_sum = dkv_sum,
-          .query_tile = query_tile,
-          .kv_head = kv_head,
-          .first_head = kv_head * group + (count > 0 ? next / count : 0),
-          .first_tile = range.begin + (count > 0 ? next % count : 0),
-          .num_steps = last - next,
-          .dropout = find_dropout(a.p, batch, s),
-          .exists = true};
+  KeyTilePlace place = {.sequence = s,
+                        .batch = batch,
+                        .range = range,
+                        .dkv_sum = dkv_sum,
+                        .query_tile = query_tile,
+                        .kv_head = kv_head,
+                        .first_head = kv_head * group + (count > 0 ? next / count : 0),
+                        .first_tile = range.begin + (count > 0 ? next % count : 0),
+                        .num_steps = last - next,
+                        .dropout = find_dropout(a.p, batch, s),
+                        .exists = true};
+  if constexpr (kTakesColumns<Traits>) {
+    const auto neighbour = [&](int tiles) {
+      return query_tiles<kBlockM, kBlockN>(s, s.first_row + tiles * kBlockN);
+    };
+    const bool is_last = slot + 1 == slots;
+    place.first_unseen = slot > 0 ? neighbour(-1).end : range.begin;
+    place.end_of_complete = is_last ? range.end : neighbour(1).begin;
+    place.next = index + 1 + (is_last ? (a.workers - 1) * static_cast<int>(slots) : 0);
+  }
+  return place;
 }
 
 // CTAs [0, query tiles) serve a query tile each, the rest kPlacesPerCta places each. Rows that do
@@ -84,7 +95,7 @@ __global__ void __launch_bounds__(kPassThreads)
     if (index == 0 && threadIdx.x == 0) *a.next_tile = 0;
     if (index == a.num_places && threadIdx.x % 32 == 0) a.places[index].exists = false;
     if (index >= a.num_places) return;
-    const KeyTilePlace place = find_place<kBlockM, Traits::kBlockN>(a, index);
+    const KeyTilePlace place = find_place<Traits>(a, index);
     if (threadIdx.x % 32 == 0) a.places[index] = place;
     return;
   }
@@ -129,11 +140,13 @@ __global__ void __launch_bounds__(kPassThreads)
   }
 
   // Under their latency.
-  if (threadIdx.x < 2) a.additions[2 * tile + threadIdx.x] = 0;
-  constexpr int kVectors = kBlockM * kHeadDim / 4;
-  float4* sum = reinterpret_cast<float4*>(plan.dq_sum) + int64_t{tile} * kVectors;
+  if constexpr (!kTakesColumns<Traits>) {
+    if (threadIdx.x < 2) a.additions[2 * tile + threadIdx.x] = 0;
+    constexpr int kVectors = kBlockM * kHeadDim / 4;
+    float4* sum = reinterpret_cast<float4*>(plan.dq_sum) + int64_t{tile} * kVectors;
 #pragma unroll
-  for (int i = 0; i < kVectors; i += kPassThreads) sum[i + threadIdx.x] = {};
+    for (int i = 0; i < kVectors; i += kPassThreads) sum[i + threadIdx.x] = {};
+  }
 
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {

@@ -142,7 +142,7 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       const int sum = place.query_tile + dq_head * static_cast<int>(a.plan.query_slots) + dq_tile;
-      float* const dq = place.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
+      float* const dq = a.plan.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
       if (++dq_tile == place.range.end) {
         dq_tile = place.range.begin;
         ++dq_head;

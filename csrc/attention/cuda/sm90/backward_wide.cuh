@@ -164,7 +164,7 @@ class WideConsumer {
   __device__ __forceinline__ void multiply(Scores& rD, float factor, int quad_lane) {
     begin_scores(rD, smem_.stats[ring_.stage], factor, quad_lane);
     const ptx::MatrixDescriptor a =
-        ptx::MatrixDescriptor(&smem_.keys, 0) + consumer_ * (4 * ptx::kRows16);
+        ptx::MatrixDescriptor(&smem_.keys, 0) + device::opaque(consumer_) * (4 * ptx::kRows16);
     const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&smem_.tiles[ring_.stage], 0);
     ptx::wgmma_pin(rD);
     ptx::wgmma_fence();
@@ -211,18 +211,26 @@ class WideConsumer {
         dout.advance();
         ptx::mbarrier_wait(smem_.full[dout.stage], dout.phase);
         const DropoutWords words = place.dropout;
+<<<<<<< HEAD
         dropped[0] = draw_dropped<1>(words, a_.p.dropout.head_ids[step.head],
+=======
+        dropped[0] = draw_dropped<4>(words, a_.p.dropout.head_ids[step.head],
+>>>>>>> main
                                      a_.p.dropout.threshold, step.row, s.first_row + warp_row());
       }
     };
-    const float lse_factor = -1.0f / scale_log2;
     ptx::mbarrier_wait(smem_.keys_full, key_phase_);
     ptx::mbarrier_wait(smem_.full[ring_.stage], ring_.phase);
     ptx::wgmma_pin(rDV);
-    multiply(rS, lse_factor, quad_lane);
-    draw();
+    multiply(rS, a_.lse_factor, quad_lane);
+    bool is_first = true;
     while (true) {
+      draw();
+      ptx::wgmma_wait<1>();
+      ptx::wgmma_pin(rDV);
       const int q_slot = ring_.stage;
+      if (!is_first) release_read(smem_.empty[q_slot ^ 2 | 1]);  // of the step before
+      is_first = false;
       const typename Traits::Step& step = smem_.steps[q_slot];
       const bool is_full = step.is_full, is_last = step.is_last;
       ptx::wgmma_wait<0>();
@@ -264,11 +272,7 @@ class WideConsumer {
         break;
       }
       ptx::mbarrier_wait(smem_.full[ring_.stage], ring_.phase);
-      multiply(rS, lse_factor, quad_lane);
-      draw();
-      ptx::wgmma_wait<1>();
-      ptx::wgmma_pin(rDV);
-      release_read(smem_.empty[dout_slot]);
+      multiply(rS, a_.lse_factor, quad_lane);
     }
   }
 
@@ -288,14 +292,7 @@ class WideConsumer {
       take_probabilities(rP);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(rDP);
-      uint2 minus_delta[Traits::kHasDropout ? kGroups : 1];
-      if constexpr (Traits::kHasDropout) {
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j) {
-          minus_delta[j] = load_minus_delta(smem_.minus_delta[dout_slot], j);
-        }
-      }
-      release_read(smem_.empty[dout_slot]);
+      if constexpr (!Traits::kHasDropout) release_read(smem_.empty[dout_slot]);
       ptx::mbarrier_wait(smem_.own_ds_empty, step_phase_ ^ 1);
       step_phase_ ^= 1;
 #pragma unroll
@@ -306,12 +303,15 @@ class WideConsumer {
           for (int word = 0; word < 4; ++word) {
             rKept[word] = kept_part<Element>(rP[j][word] & 0x7fff7fffu, rP[j][word]);
           }
-          differentiate<Element>(rDP, rP[j], rKept, minus_delta[j], j, rDS[j]);
+          differentiate<Element>(rDP, rP[j], rKept,
+                                 load_minus_delta(smem_.minus_delta[dout_slot], j), j, rDS[j]);
         } else {
           differentiate<Element>(rDP, rP[j], j, rDS[j]);
         }
         ptx::stmatrix_x4(ds_address(0, 16 * j), rDS[j]);
       }
+      // With dropout -delta has been read only now.
+      if constexpr (Traits::kHasDropout) release_read(smem_.empty[dout_slot]);
       ptx::fence_async_shared();
       __syncwarp();  // All lanes' elements are written and fenced.
       release(smem_.own_ds_full);

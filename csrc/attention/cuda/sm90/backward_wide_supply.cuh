@@ -218,7 +218,7 @@ __device__ __forceinline__ void make_dq(const BackwardArguments& a, typename Tra
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
-      float* const dq = place.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
+      float* const dq = a.plan.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
       if (++query_tile == place.range.end) {
         query_tile = place.range.begin;
         ++head;
