@@ -211,11 +211,7 @@ class WideConsumer {
         dout.advance();
         ptx::mbarrier_wait(smem_.full[dout.stage], dout.phase);
         const DropoutWords words = place.dropout;
-<<<<<<< HEAD
-        dropped[0] = draw_dropped<1>(words, a_.p.dropout.head_ids[step.head],
-=======
         dropped[0] = draw_dropped<4>(words, a_.p.dropout.head_ids[step.head],
->>>>>>> main
                                      a_.p.dropout.threshold, step.row, s.first_row + warp_row());
       }
     };

@@ -70,12 +70,8 @@ const char* launch_forward(const ForwardParams& p, cudaStream_t stream) {
                      .lead = jobs_ahead(p, Traits::kBlockM),
                      .counter = -1,
                      .scale_log2 = p.scale * 1.44269504088896341f,
-<<<<<<< HEAD
                      .zero = 0,
-                     .ends_alone = mean_keys_of_job(p, Traits::kBlockM) <= kShortJob};
-=======
                      .ends_alone = ends_alone(p, Traits::kBlockM)};
->>>>>>> main
   if (!make_operand_map(p, p.q, p.seq_q, p.heads, p.head_dim, Traits::kBlockM, a.q) ||
       !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, Traits::kBlockN, a.k) ||
       !make_operand_map(p, p.v, p.seq_k, p.kv_heads, p.value_dim, Traits::kBlockN, a.v) ||
