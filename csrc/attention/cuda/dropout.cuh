@@ -4,6 +4,7 @@
 
 #include "attention/cuda/seqlen.cuh"
 #include "common/philox.h"
+#include "ptx/sm80.cuh"
 
 namespace jax_flash::attention {
 
@@ -77,9 +78,7 @@ class Dropout {
 __device__ __forceinline__ uint32_t dropout_pair_mask(uint32_t word, uint32_t threshold_pair) {
   const uint32_t difference = __vsub2(word, threshold_pair);
   const uint32_t kept = (word & ~threshold_pair) | ((word | ~threshold_pair) & ~difference);
-  uint32_t mask;
-  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"(kept));  // 8: the sign of that byte
-  return mask;
+  return ptx::permute_bytes<0xbb99>(kept, 0);  // signs
 }
 
 // What the kept elements are multiplied by.

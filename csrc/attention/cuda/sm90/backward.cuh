@@ -287,7 +287,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         }
         exponentiate<Element, Traits::kHasDropout>(rS, rP, scale_log2);
       };
-      // What is kept of the step of `head` and `row`.
+      // What is dropped of the step of `head` and `row`.
       const auto draw = [&](int head, int row) {
         if constexpr (Traits::kHasDropout) {
           const DropoutWords words = place.dropout;

@@ -5,8 +5,9 @@
 // to lanes l and l ^ 4 here: of queries 2 q and 2 q + 1 each of the two makes one call, and they
 // exchange what they found, one word for 64 queries.
 //
-// The integer pipe, at half of the issue rate, is what all this costs. Hence the order of the
-// flags, and the arithmetic on pairs of 16-bit elements, which belongs to the other pipe.
+// Beside wgmma the integer units are slow: a wide product takes 18 to 25 clocks there, and 4 alone
+// (log.md). Hence as few as possible of them, flags in the order in which they are used, and
+// arithmetic on pairs of 16-bit elements.
 #pragma once
 
 #include "attention/cuda/dropout.cuh"
