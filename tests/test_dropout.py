@@ -1,9 +1,5 @@
 """Dropout: the very bits, whatever computes them, and the statistics one expects of them."""
 
-import pathlib
-import shutil
-import subprocess
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +8,8 @@ import pytest
 import jax_flash
 from jax_flash._ops import dropout
 from jax_flash.reference import attention as reference
+from tests import host
 from tests.helpers import IMPLEMENTATIONS, KEY, Shape, check_attention, device, random
-
-CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 
 
 def test_philox_known_answers():
@@ -41,16 +36,8 @@ def test_philox_known_answers():
 
 
 def test_philox_in_parts(tmp_path):
-    """What the kernels compute once a row or once a column of calls, compiled for the host."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or not CSRC.is_dir():
-        pytest.skip("no C++ compiler or no sources here")
-    program = tmp_path / "philox_test"
-    source = CSRC / "testing" / "philox_test.cc"
-    command = [compiler, "-std=c++20", "-O2", "-Wall", f"-I{CSRC}", str(source), "-o", str(program)]
-    subprocess.run(command, check=True)
-    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stdout
+    """What the kernels compute once a row or once a column of calls."""
+    host.run("philox_test", tmp_path)
 
 
 @pytest.mark.gpu
@@ -62,9 +49,8 @@ def test_philox_in_parts(tmp_path):
 )
 def test_gradients(dtype, head_dim, rate):
     """Each kernel, with thresholds on both sides of the one where the comparison changes."""
-    options = dict(dropout_rate=rate, is_causal=rate < 0.5, causal_offset="bottom_right")
-    if not options["is_causal"]:
-        del options["causal_offset"]
+    causal = dict(is_causal=True, causal_offset="bottom_right") if rate < 0.5 else {}
+    options = dict(dropout_rate=rate, **causal)
     check_attention("cuda", dtype, Shape(2, 200, 333, 6, 2, head_dim), options)
 
 
