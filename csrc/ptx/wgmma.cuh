@@ -25,23 +25,29 @@ namespace jax_flash::ptx {
 // are reached by addition, see kColumns16 and kRows16; a slab on is slab_bytes / 16. NOTE: the high
 // word is constant and kept out of the additions: a descriptor lives in uniform registers, and each
 // instruction there takes the place of one of the softmax.
-class MatrixDescriptor {
+template <uint32_t kGroupBytes, bool kIsSwizzled>
+class SlabDescriptor {
  public:
-  __device__ __forceinline__ MatrixDescriptor(const void* slab, uint32_t slab_bytes)
+  __device__ __forceinline__ SlabDescriptor(const void* slab, uint32_t slab_bytes)
       : low_((shared_address(slab) & 0x3ffff) >> 4 | slab_bytes >> 4 << 16) {}
-  __device__ __forceinline__ MatrixDescriptor operator+(uint32_t offset) const {
-    return MatrixDescriptor(low_ + offset);
+  __device__ __forceinline__ SlabDescriptor operator+(uint32_t offset) const {
+    return SlabDescriptor(low_ + offset);
   }
   __device__ __forceinline__ uint64_t bits() const {
-    constexpr uint32_t kSwizzle128 = 1u << 30, kGroupOf8Rows = 1024 >> 4;
-    return uint64_t{kSwizzle128 | kGroupOf8Rows} << 32 | low_;
+    constexpr uint32_t kSwizzle128 = kIsSwizzled ? 1u << 30 : 0;
+    return uint64_t{kSwizzle128 | kGroupBytes >> 4} << 32 | low_;
   }
 
  private:
-  __device__ __forceinline__ explicit MatrixDescriptor(uint32_t low) : low_(low) {}
+  __device__ __forceinline__ explicit SlabDescriptor(uint32_t low) : low_(low) {}
 
   uint32_t low_;
 };
+using MatrixDescriptor = SlabDescriptor<1024, true>;
+// Of an MN-major operand that has the same eight rows twice: a slab of them, or, with a slab_bytes
+// of 0, eight columns of them again and again.
+using RepeatedRows = SlabDescriptor<0, true>;
+using RepeatedBlock = SlabDescriptor<0, false>;
 inline constexpr uint32_t kColumns16 = 16 * 2 >> 4;  // 16 columns on, inside a slab
 inline constexpr uint32_t kRows16 = 16 * 128 >> 4;   // 16 rows on
 
@@ -128,9 +134,8 @@ __device__ __forceinline__ void wgmma_pin(uint32_t (&a)[kN][4]) {
 
 // "wgmma.mma_async": D (+)= A B, both in shared memory. kTransposeA, kTransposeB: that operand is
 // MN-major. Without `accumulate` D is overwritten.
-template <typename Element, bool kTransposeA, bool kTransposeB, int kFragments>
-__device__ __forceinline__ void wgmma(float (&d)[kFragments][4], MatrixDescriptor a,
-                                      MatrixDescriptor b, bool accumulate) {
+template <typename Element, bool kTransposeA, bool kTransposeB, int kFragments, class A, class B>
+__device__ __forceinline__ void wgmma(float (&d)[kFragments][4], A a, B b, bool accumulate) {
   constexpr int kN = 8 * kFragments;
   constexpr bool kIsBf16 = std::is_same_v<Element, __nv_bfloat16>;
   static_assert(kN == 64 || kN == 80 || kN == 96 || kN == 128 || kN == 192 || kN == 256);

@@ -51,19 +51,19 @@ struct BackwardTraits {
   // the consumers keep the stage of the step after the next, and the producer is two further on.
   static constexpr int kTargets = 2 * kStages;
   struct Smem {
-    KeyTile k, v;
+    KeyTile k[2], v;  // K of the next tile as well
     QueryTile q[kStages], dout[kStages];
     TermTile<kBlockM> terms[kStages];
-    WeightTile weights[2];          // of the terms of S and of dP
     ScoreTile ds[2];                // in the end: dK and dV on their way out
     float dq[kConsumers][64 * 64];  // a warpgroup's block of dQ, [n][thread][4]
+    Weights weights;
     // -delta in 16 bits, where dropout leaves nothing else of dP, in the order of stats_index.
     alignas(16) uint32_t minus_delta[kStages][kHasDropout ? kBlockM / 2 : 1];
     Step steps[kStages];
     DqTarget targets[kTargets];
     bool is_end[kConsumers];  // for those who add to dQ: no block, that was all
     KeyTilePlace places[2];
-    ptx::Mbarrier place_full[2], place_empty[2], k_full, k_empty, v_full, v_empty;
+    ptx::Mbarrier place_full[2], place_empty[2], k_full[2], k_empty[2], v_full, v_empty;
     ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
     ptx::Mbarrier ds_full[2], dq_full[kConsumers], dq_empty[kConsumers];
   };
@@ -78,9 +78,9 @@ __device__ __forceinline__ void initialise_barriers(typename Traits::Smem& smem)
     ptx::mbarrier_init(smem.place_full[i], 1);
     ptx::mbarrier_init(smem.place_empty[i], Traits::kConsumerThreads);
     ptx::mbarrier_init(smem.ds_full[i], kWarps);
+    ptx::mbarrier_init(smem.k_full[i], 1);
+    ptx::mbarrier_init(smem.k_empty[i], kWarps);
   }
-  ptx::mbarrier_init(smem.k_full, 1);
-  ptx::mbarrier_init(smem.k_empty, kWarps);
   ptx::mbarrier_init(smem.v_full, 1);
   ptx::mbarrier_init(smem.v_empty, kWarps);
   for (int i = 0; i < Traits::kStages; ++i) {
@@ -102,7 +102,7 @@ template <class Traits>
 __device__ __forceinline__ void produce(const BackwardArguments& a, typename Traits::Smem& smem) {
   constexpr int kBlockM = Traits::kBlockM;
   Ring<Traits::kStages> ring;
-  uint32_t key_phase = 0;
+  Ring<2> keys;
   for (int t = 0;; ++t) {
     // NOTE: no sooner, or who has the longest tile also has the next one from the start.
     // Where tiles wait for earlier ones even the first is taken from the counter, so that an
@@ -126,16 +126,16 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
     if (steps == 0) continue;
 
     const auto load_keys = [&](typename Traits::KeyTile& destination, const OperandMap& map,
-                               ptx::Mbarrier& full, ptx::Mbarrier& empty) {
-      ptx::mbarrier_wait(empty, key_phase ^ 1);
+                               ptx::Mbarrier& full, ptx::Mbarrier& empty, uint32_t phase) {
+      ptx::mbarrier_wait(empty, phase ^ 1);
       ptx::mbarrier_arrive_expect(full, sizeof(typename Traits::KeyTile));
       load_tile(destination, map, place.batch, place.kv_head,
                 place.sequence.key_start + place.sequence.first_row, full,
                 ptx::L2Hint::kEvictFirst);
     };
-    load_keys(smem.k, a.k, smem.k_full, smem.k_empty);
-    load_keys(smem.v, a.v, smem.v_full, smem.v_empty);
-    while (true) {
+    load_keys(smem.k[keys.stage], a.k, smem.k_full[keys.stage], smem.k_empty[keys.stage],
+              keys.phase);
+    for (bool is_first = true;; is_first = false) {
       const int stage = ring.stage, row = query_tile * kBlockM;
       const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
       const char* stats =
@@ -154,6 +154,8 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
                 smem.q_full[stage], ptx::L2Hint::kEvictLast);
       load_terms<Traits::kTermRows>(smem.terms[stage], stats, smem.q_full[stage]);
 
+      // After the first Q: V's place is free when the last step of the tile before has its dP.
+      if (is_first) load_keys(smem.v, a.v, smem.v_full, smem.v_empty, keys.stage);
       ptx::mbarrier_wait(smem.dout_empty[stage], ring.phase ^ 1);
       constexpr uint32_t kDeltaBytes = Traits::kHasDropout ? 2 * kBlockM : 0;
       ptx::mbarrier_arrive_expect(smem.dout_full[stage], kBytes + kDeltaBytes);
@@ -170,7 +172,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
         ++head;
       }
     }
-    key_phase ^= 1;
+    keys.advance();
   }
 }
 
@@ -221,24 +223,24 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
   const auto own_keys = [&](const KeyTile& keys) {
     return ptx::MatrixDescriptor(&keys, 0) + device::opaque(consumer) * (4 * ptx::kRows16);
   };
-  const auto multiply_keys_queries = [&](float (&rS)[kBlockM / 8][4], int stage) {
-    add_terms<Element>(rS, smem.terms[stage], smem.weights[0]);
-    multiply_keys<Element, KeyTile, true>(rS, own_keys(smem.k), smem.q[stage]);
+  const auto multiply_keys_queries = [&](float (&rS)[kBlockM / 8][4], int key_stage, int stage) {
+    add_terms<Element, 0>(rS, smem.terms[stage], smem.weights);
+    multiply_keys<Element, KeyTile, true>(rS, own_keys(smem.k[key_stage]), smem.q[stage]);
     ptx::wgmma_commit();
   };
   const auto multiply_values_gradients = [&](float (&rDP)[kBlockM / 8][4], int stage) {
-    add_terms<Element>(rDP, smem.terms[stage], smem.weights[1]);
+    add_terms<Element, 1>(rDP, smem.terms[stage], smem.weights);
     multiply_keys<Element, KeyTile, true>(rDP, own_keys(smem.v), smem.dout[stage]);
     ptx::wgmma_commit();
   };
   // This warpgroup's 64 x 64 block of dS K.
-  const auto multiply_scores = [&](float (&rD)[8][4], const ScoreTile& ds) {
+  const auto multiply_scores = [&](float (&rD)[8][4], const ScoreTile& ds, int key_stage) {
     const int query_slab = kBlockM > 64 ? consumer : 0,
               dim_slab = kHeadDim > 64 ? device::opaque(consumer) : 0;
     const ptx::MatrixDescriptor a =
         ptx::MatrixDescriptor(&ds, 0) + query_slab * (ScoreTile::kSlabBytes >> 4);
     const ptx::MatrixDescriptor b =
-        ptx::MatrixDescriptor(&smem.k, 0) + dim_slab * (KeyTile::kSlabBytes >> 4);
+        ptx::MatrixDescriptor(&smem.k[key_stage], 0) + dim_slab * (KeyTile::kSlabBytes >> 4);
     ptx::wgmma_pin(rD);
     ptx::wgmma_fence();
 #pragma unroll
@@ -248,35 +250,53 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
   };
 
   Ring<Traits::kStages> ring;
-  Ring<2> ds_ring;
-  uint32_t key_phase = 0, dq_phase = 0;
-  for (int t = 0;; ++t) {
+  Ring<2> ds_ring, keys;  // the stage of `keys` is the phase of V as well
+  uint32_t dq_phase = 0;
+  float rS[kBlockM / 8][4];
+
+  const auto wait_for_queries = [&](const Sequence& s, QueryTile& queries, ptx::Mbarrier& full) {
+    ptx::mbarrier_wait(full, ring.phase);
+    if (const int rows = s.query_length - smem.steps[ring.stage].row; rows < kBlockM) {
+      zero_rows<Traits::kConsumerThreads>(queries, rows);
+      ptx::fence_async_shared();
+      sync_consumers();  // The rows are zero before any wgmma reads them.
+    }
+  };
+  const auto wait_for_keys = [&](const Sequence& s, KeyTile& tile, ptx::Mbarrier& full,
+                                 uint32_t phase) {
+    ptx::mbarrier_wait(full, phase);
+    if (const int rows = s.key_length - s.first_row; rows < kBlockN) {
+      zero_rows<Traits::kConsumerThreads>(tile, rows);
+      ptx::fence_async_shared();
+      sync_consumers();  // The rows are zero before any wgmma reads them.
+    }
+  };
+  // Starts S of the first step of the CTA's t-th place. NOTE: where it has none, a product of what
+  // lies there, which no one reads: ptxas wants the same in flight on all paths.
+  const auto begin_tile = [&](int t) {
     ptx::mbarrier_wait(smem.place_full[t % 2], t / 2 & 1);
+    const KeyTilePlace& place = smem.places[t % 2];
+    if (place.exists && place.num_steps > 0) {
+      const Sequence& s = place.sequence;
+      wait_for_keys(s, smem.k[keys.stage], smem.k_full[keys.stage], keys.phase);
+      wait_for_queries(s, smem.q[ring.stage], smem.q_full[ring.stage]);
+    }
+    multiply_keys_queries(rS, keys.stage, ring.stage);
+  };
+  begin_tile(0);
+  for (int t = 0;; ++t) {
+    // In flight: S.
     const KeyTilePlace& place = smem.places[t % 2];
     if (!place.exists) break;
     const Sequence& s = place.sequence;
 
     float rDK[kHeadDim / 8][4] = {}, rDV[kHeadDim / 8][4] = {};
-    if (place.num_steps > 0) {
-      float rS[kBlockM / 8][4], rDP[kBlockM / 8][4], rDQ[8][4];
+    if (place.num_steps == 0) {
+      begin_tile(t + 1);
+    } else {
+      float rDP[kBlockM / 8][4], rDQ[8][4];
       uint32_t rP[kBlockM / 16][4], rDS[kBlockM / 16][4];
       DroppedBits dropped[kBlockM / 64];  // with dropout, of the step whose P is next
-      const auto wait_for_queries = [&](QueryTile& queries, ptx::Mbarrier& full) {
-        ptx::mbarrier_wait(full, ring.phase);
-        if (const int rows = s.query_length - smem.steps[ring.stage].row; rows < kBlockM) {
-          zero_rows<Traits::kConsumerThreads>(queries, rows);
-          ptx::fence_async_shared();
-          sync_consumers();  // The rows are zero before any wgmma reads them.
-        }
-      };
-      const auto wait_for_keys = [&](KeyTile& keys, ptx::Mbarrier& full) {
-        ptx::mbarrier_wait(full, key_phase);
-        if (const int rows = s.key_length - s.first_row; rows < kBlockN) {
-          zero_rows<Traits::kConsumerThreads>(keys, rows);
-          ptx::fence_async_shared();
-          sync_consumers();  // The rows are zero before any wgmma reads them.
-        }
-      };
       // S of a step -> P in 16 bits.
       const auto make_probabilities = [&] {
         const typename Traits::Step& step = smem.steps[ring.stage];
@@ -312,14 +332,11 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         release(smem.dq_full[consumer]);
       };
 
-      wait_for_keys(smem.k, smem.k_full);
-      wait_for_queries(smem.q[ring.stage], smem.q_full[ring.stage]);
       ptx::wgmma_pin(rDK);
       ptx::wgmma_pin(rDV);
-      multiply_keys_queries(rS, ring.stage);
       draw(place.first_head, place.first_tile * kBlockM);
-      wait_for_keys(smem.v, smem.v_full);
-      wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
+      wait_for_keys(s, smem.v, smem.v_full, keys.stage);
+      wait_for_queries(s, smem.dout[ring.stage], smem.dout_full[ring.stage]);
       ptx::wgmma_wait<0>();
       make_probabilities();
       multiply_values_gradients(rDP, ring.stage);
@@ -370,19 +387,22 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         if (is_last) {
           release(smem.v_empty);
           ptx::mbarrier_wait(smem.ds_full[ds_ring.stage], ds_ring.phase);
-          multiply_scores(rDQ, ds);
+          const int key_stage = keys.stage;
+          multiply_scores(rDQ, ds, key_stage);
           ptx::wgmma_commit();
-          ptx::wgmma_wait<0>();
+          ds_ring.advance();
+          keys.advance();
+          begin_tile(t + 1);
+          ptx::wgmma_wait<1>();
           ptx::wgmma_pin(rDK);
           release_read(smem.q_empty[stage]);
-          release(smem.k_empty);
-          ds_ring.advance();
+          release(smem.k_empty[key_stage]);
           write_dq();
           send_dq();
           break;
         }
-        wait_for_queries(smem.q[ring.stage], smem.q_full[ring.stage]);
-        multiply_keys_queries(rS, ring.stage);
+        wait_for_queries(s, smem.q[ring.stage], smem.q_full[ring.stage]);
+        multiply_keys_queries(rS, keys.stage, ring.stage);
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDK);
         release_read(smem.q_empty[stage]);
@@ -390,7 +410,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         // dQ, once the other warpgroup has its dS, while the next S becomes P; the next dP while dQ
         // leaves.
         ptx::mbarrier_wait(smem.ds_full[ds_ring.stage], ds_ring.phase);
-        multiply_scores(rDQ, ds);
+        multiply_scores(rDQ, ds, keys.stage);
         ptx::wgmma_commit();
         ds_ring.advance();
         draw(smem.steps[ring.stage].head, smem.steps[ring.stage].row);
@@ -399,10 +419,9 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         ptx::wgmma_wait<0>();
         write_dq();
         dq_is_written = true;
-        wait_for_queries(smem.dout[ring.stage], smem.dout_full[ring.stage]);
+        wait_for_queries(s, smem.dout[ring.stage], smem.dout_full[ring.stage]);
         multiply_values_gradients(rDP, ring.stage);
       }
-      key_phase ^= 1;
       sync_consumers();  // Both have read dS: its place is free.
     }
 
@@ -429,6 +448,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
     sync_consumers();  // Everyone has left the tile and the place of dS.
     release_read(smem.place_empty[t % 2]);
   }
+  ptx::wgmma_wait<0>();
   ptx::mbarrier_wait(smem.dq_empty[consumer], dq_phase ^ 1);
   if (thread == 0) smem.is_end[consumer] = true;
   __syncwarp();  // The end is written before it is told.
@@ -443,9 +463,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // NOTE: the shuffle tells the compiler that a warp is of one mind.
   const int warpgroup = __shfl_sync(device::kWarp, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) initialise_barriers<Traits>(smem);
-  fill_weights<typename Traits::Element>(smem.weights[0], 0);
-  fill_weights<typename Traits::Element>(smem.weights[1], kTermParts);
-  for (auto& terms : smem.terms) zero_other_rows<Traits::kTermRows>(terms);
+  fill_weights<typename Traits::Element>(smem.weights);
   ptx::fence_async_shared();
   __syncthreads();  // The barriers exist, the constants are written.
   if (warpgroup == 0) {

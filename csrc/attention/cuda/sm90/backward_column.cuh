@@ -55,10 +55,10 @@ struct ColumnTraits {
     KeyTile k[2], v[2];  // of two key tiles
     QueryTile q[kStages], dout[kStages];
     TermTile<kBlockM> terms[kStages];
-    WeightTile weights;
     ScoreTile ds[kStages];
     GradientTile gradients[kConsumers];  // dV, then dK, on their way out
     float delta[kStages][kBlockM];       // in the order of stats_index
+    Weights weights;
     Step steps[kSteps];
     Cursor next;
     KeyTilePlace places[kPlaces];
@@ -129,7 +129,7 @@ __device__ __forceinline__ void consume_column(const BackwardArguments& a,
   uint32_t rP[kBlockM / 16][4], rDS[kBlockM / 16][4];
   float rDK[kHeadDim / 8][4] = {}, rDV[kHeadDim / 8][4] = {};
   const auto multiply_keys_queries = [&](int t, int stage) {
-    add_terms<Element>(rS, smem.terms[stage], smem.weights);
+    add_terms<Element, 0>(rS, smem.terms[stage], smem.weights);
     multiply_keys<Element, KeyTile, true>(rS, own_keys(smem.k[t % 2]), smem.q[stage]);
     ptx::wgmma_commit();
   };
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // NOTE: the shuffle tells the compiler that a warp is of one mind.
   const int warpgroup = __shfl_sync(device::kWarp, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) initialise_column_barriers<Traits>(smem);
-  fill_weights<typename Traits::Element>(smem.weights, 0);
+  fill_weights<typename Traits::Element>(smem.weights);
   for (auto& terms : smem.terms) zero_other_rows<Traits::kTermRows>(terms);
   ptx::fence_async_shared();
   __syncthreads();  // The barriers exist, the constants are written.

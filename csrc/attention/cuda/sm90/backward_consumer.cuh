@@ -74,15 +74,14 @@ __device__ __forceinline__ void multiply_keys(float (&rD)[kN][4], ptx::MatrixDes
         b + k / 4 * (QueryTile::kSlabBytes >> 4) + k % 4 * ptx::kColumns16, kHasTerms || k > 0);
   }
 }
-// The terms of the queries, the first product of S^T or dP^T.
-template <typename Element, int kN>
+// The terms of the queries, the first product of S^T (kKind 0) or dP^T (1).
+template <typename Element, int kKind, int kN>
 __device__ __forceinline__ void add_terms(float (&rD)[kN][4], const TermTile<8 * kN>& terms,
-                                          const WeightTile& weights) {
+                                          const Weights& weights) {
   ptx::wgmma_pin(rD);
   ptx::wgmma_fence();
-  ptx::wgmma<Element, true, true>(rD, ptx::MatrixDescriptor(&weights, 0),
-                                  ptx::MatrixDescriptor(&terms, TermTile<8 * kN>::kSlabBytes),
-                                  false);
+  ptx::wgmma<Element, true, true>(rD, ptx::RepeatedBlock(weights.rows + kKind * kTermParts, 0),
+                                  ptx::RepeatedRows(&terms, TermTile<8 * kN>::kSlabBytes), false);
 }
 
 // What S^T or dP^T begins with where add_terms does not: the stats of its queries times `factor`. A

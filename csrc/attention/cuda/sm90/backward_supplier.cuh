@@ -44,9 +44,9 @@ struct SupplierTraits {
     KeyTile k, v;
     QueryTile q[kStages], dout[kStages];
     TermTile<kBlockM> terms[kStages];
-    WeightTile weights;
     ScoreTile ds[2];                // in the end: dK and dV on their way out
     float dq[2][64 * 64];           // blocks of dQ on their way out, [n][thread][4]
+    Weights weights;
     float delta[kStages][kBlockM];  // in the order of stats_index
     Step steps[kStages];
     KeyTilePlace places[2];
@@ -105,7 +105,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
     return ptx::MatrixDescriptor(&keys, 0) + consumer * (4 * ptx::kRows16);
   };
   const auto multiply_keys_queries = [&](float (&rS)[kBlockM / 8][4], int stage) {
-    add_terms<Element>(rS, smem.terms[stage], smem.weights);
+    add_terms<Element, 0>(rS, smem.terms[stage], smem.weights);
     multiply_keys<Element, KeyTile, true>(rS, own_keys(smem.k), smem.q[stage]);
     ptx::wgmma_commit();
   };
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // NOTE: the shuffle tells the compiler that a warp is of one mind.
   const int warpgroup = __shfl_sync(device::kWarp, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) initialise_supplier_barriers<Traits>(smem);
-  fill_weights<typename Traits::Element>(smem.weights, 0);
+  fill_weights<typename Traits::Element>(smem.weights);
   for (auto& terms : smem.terms) zero_other_rows<Traits::kTermRows>(terms);
   ptx::fence_async_shared();
   __syncthreads();  // The barriers exist, the constants are written.

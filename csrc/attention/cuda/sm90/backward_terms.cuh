@@ -3,9 +3,10 @@
 // shared memory a register, 256 of 3200 in a step at H = 128, 512 of 3300 at H = 64.
 //
 // A term is a sum of kTermParts 16-bit parts times constant weights, as exact as float32. The parts
-// are an operand B, [16][queries]: rows 0 to 3 are those of -lse / scale, rows 4 to 7 those of
-// -delta where dP has terms, and the rest is zero. Operand A has the weights in the columns of one
-// kind and zeros elsewhere, the same for all keys.
+// are an operand B of eight rows, which counts twice: rows 0 to 3 are those of -lse / scale, rows 4
+// to 7 those of -delta where dP has terms and else zero. Operand A has half of the weights in four
+// of eight columns and zeros elsewhere, the same for all keys: a block of eight keys, which counts
+// 16 times. (No part is infinite or NaN.)
 //
 // In global memory a query tile has kTermRows rows of each 64 queries, swizzled as in shared memory
 // but without the rows of zeros; then, where delta is no term, delta in the order of stats_index.
@@ -22,8 +23,11 @@ namespace jax_flash::attention::sm90 {
 
 inline constexpr int kTermParts = 4;
 template <int kQueries>
-using TermTile = device::SharedTile<16, kQueries>;
-using WeightTile = device::SharedTile<16, 64>;  // of 64 keys
+using TermTile = device::SharedTile<8, kQueries>;
+// Rows 0 to 7 are operand A of the terms of S, rows 4 to 11 that of the terms of dP.
+struct Weights {
+  uint4 rows[12];  // of eight keys
+};
 
 // bfloat16 has float32's range and 8 of its 24 bits. float16 has 11 bits down to 2^-14 and ends at
 // 2^-24: of a term up to 2^31 these weights leave less than 2^-38 or 2^-36 of the term, and no part
@@ -90,27 +94,30 @@ __device__ __forceinline__ void load_terms(Tile& tile, const void* stats, ptx::M
   }
 }
 
-// What never changes: the rows of zeros, and the weights of a kind of terms, from row `first` on.
-// All threads; a fence for the asynchronous proxy and a barrier must follow.
+// The rows of zeros, which never change. All threads; a fence for the asynchronous proxy and a
+// barrier must follow.
 template <int kTermRows, typename Tile>
 __device__ __forceinline__ void zero_other_rows(Tile& tile) {
-  constexpr int kUsed = kTermRows * Tile::kChunks, kZero = 16 * Tile::kChunks - kUsed;
-  for (int i = threadIdx.x; i < Tile::kSlabs * kZero; i += blockDim.x) {
-    uint4* const slab = reinterpret_cast<uint4*>(tile.data) + i / kZero * (16 * Tile::kChunks);
-    slab[kUsed + i % kZero] = uint4{};
+  constexpr int kUsed = kTermRows * Tile::kChunks, kZero = 8 * Tile::kChunks - kUsed;
+  if constexpr (kZero > 0) {
+    for (int i = threadIdx.x; i < Tile::kSlabs * kZero; i += blockDim.x) {
+      uint4* const slab = reinterpret_cast<uint4*>(tile.data) + i / kZero * (8 * Tile::kChunks);
+      slab[kUsed + i % kZero] = uint4{};
+    }
   }
 }
+
+// Halves of the weights in rows 0 to 3 and 8 to 11, zeros between them.
 template <typename Element>
-__device__ __forceinline__ void fill_weights(WeightTile& tile, int first) {
-  if (threadIdx.x >= 16 * WeightTile::kChunks) return;
-  const int row = threadIdx.x / WeightTile::kChunks;
+__device__ __forceinline__ void fill_weights(Weights& weights) {
+  if (threadIdx.x >= 3 * kTermParts) return;
   float weight = 0.0f;
 #pragma unroll
   for (int i = 0; i < kTermParts; ++i) {
-    if (row == first + i) weight = term_weight<Element>(i);
+    if (threadIdx.x % (2 * kTermParts) == i) weight = term_weight<Element>(i) / 2;
   }
   const uint32_t pair = device::pack<Element>(weight, weight);
-  reinterpret_cast<uint4*>(tile.data)[threadIdx.x] = {pair, pair, pair, pair};
+  weights.rows[threadIdx.x] = {pair, pair, pair, pair};
 }
 
 }  // namespace jax_flash::attention::sm90
