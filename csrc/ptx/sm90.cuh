@@ -105,6 +105,14 @@ __device__ __forceinline__ void bulk_load(void* destination, const void* source,
       : "memory");
 }
 
+// "cp.async.bulk", shared -> global: `bytes` (a multiple of 16). Belongs to this thread's bulk group.
+__device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(destination)),
+               "r"(shared_address(source)), "r"(bytes)
+               : "memory");
+}
+
 // "cp.reduce.async.bulk": adds `bytes` (a multiple of 16) of f32 in shared memory to global memory,
 // in no order. Belongs to this thread's bulk group.
 __device__ __forceinline__ void bulk_reduce_add(float* destination, const float* source,

@@ -31,6 +31,7 @@ struct BackwardTraits {
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
   static constexpr int kTermRows = 2 * kTermParts;  // of S and of dP
   static constexpr bool kAddsInOrder = true;        // to dQ, where deterministic
+  static constexpr bool kStoresFirst = true;        // the first key tile begins the sum
   static constexpr int kClusterSize = 1, kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -105,12 +106,9 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
   Ring<2> keys;
   for (int t = 0;; ++t) {
     // NOTE: no sooner, or who has the longest tile also has the next one from the start.
-    // Where tiles wait for earlier ones even the first is taken from the counter, so that an
-    // earlier one is always that of a CTA that runs.
-    int index = static_cast<int>(blockIdx.x);
-    if (t > 0 || a.p.deterministic) {
-      index = atomicAdd(a.next_tile, 1) + (a.p.deterministic ? 0 : static_cast<int>(gridDim.x));
-    }
+    // Tiles wait for earlier ones: even the first is taken from the counter, so that an earlier one
+    // is always that of a CTA that runs.
+    const int index = atomicAdd(a.next_tile, 1);
     KeyTilePlace& place = smem.places[t % 2];
     ptx::Mbarrier& place_full = smem.place_full[t % 2];
     ptx::mbarrier_wait(smem.place_empty[t % 2], (t / 2 & 1) ^ 1);
@@ -144,7 +142,8 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
 
       ptx::mbarrier_wait(smem.q_empty[stage], ring.phase ^ 1);
       typename Traits::Step& step = smem.steps[stage];
-      smem.targets[ring.phase * Traits::kStages + stage] = find_target<Traits>(a, place, sum, row);
+      smem.targets[ring.phase * Traits::kStages + stage] =
+          find_target<Traits>(a, place, sum, row, steps == 1);
       step.head = head;
       step.row = row;
       step.is_full = place.range.is_full(query_tile);
@@ -181,20 +180,29 @@ template <class Traits>
 __device__ __forceinline__ void add_blocks(const BackwardArguments& a, typename Traits::Smem& smem,
                                            int consumer) {
   static_assert(Traits::kTargets == 4);
+  bool is_ready = false;
   for (int i = 0;; ++i) {
     ptx::mbarrier_wait(smem.dq_full[consumer], i & 1);
     if (smem.is_end[consumer]) break;
     const DqTarget target = smem.targets[i % 4];
-    if (a.p.deterministic) target.wait(consumer);
-    ptx::bulk_reduce_add(target.sum + consumer * (64 * 64), smem.dq[consumer],
-                         sizeof(smem.dq[consumer]));
+    float* const sum = target.sum + consumer * (64 * 64);
+    constexpr uint32_t kBytes = sizeof(smem.dq[0]);
+    if (target.turn == 0) {
+      ptx::bulk_store(sum, smem.dq[consumer], kBytes);
+    } else {
+      while (!is_ready) is_ready = target.is_ready(consumer);
+      ptx::fence_async_global();
+      ptx::bulk_reduce_add(sum, smem.dq[consumer], kBytes);
+    }
     ptx::bulk_commit();
     ptx::bulk_wait<0, true>();
     ptx::mbarrier_arrive(smem.dq_empty[consumer]);
-    if (a.p.deterministic) {
+    if (a.p.deterministic || target.turn == 0) {
       ptx::bulk_wait<0, false>();
       target.tell(consumer);
     }
+    // Looks ahead: the answer takes a third of a step.
+    is_ready = !target.is_last && smem.targets[(i + 1) % 4].is_ready(consumer);
   }
   ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.
 }

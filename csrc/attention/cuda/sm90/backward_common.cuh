@@ -20,18 +20,18 @@ struct Ring {
   }
 };
 
-// Where a step's dQ is added, and, where that happens in a fixed order, after how many other key
-// tiles: `additions` counts those that were, for each of two parts of the tile.
+// Where a step's dQ is added, a part of the tile at a time, and after how many other key tiles:
+// none, which begins the sum with a store; the first; or, in a fixed order, all before this one.
+// `additions` counts them, for each of two parts: where the order is free, the first alone.
 struct DqTarget {
   float* sum;
   int* additions;
   int turn;
+  bool is_last;  // of the key tile: what the ring has next may not be there yet
 
-  // Until it is our turn.
-  __device__ __forceinline__ void wait(int part) const {
-    while (ptx::load_acquire(additions + part) != turn) {
-    }
-    ptx::fence_async_global();
+  // Is it our turn?
+  __device__ __forceinline__ bool is_ready(int part) const {
+    return turn == 0 || ptx::load_acquire(additions + part) >= turn;
   }
   // Our addition has been performed: the next, please.
   __device__ __forceinline__ void tell(int part) const {
@@ -40,20 +40,29 @@ struct DqTarget {
   }
 };
 
+// The first key tile that sees the query tile at `row`, if any does.
+template <class Traits>
+__device__ __forceinline__ int first_key_tile(const Sequence& s, int row) {
+  return max(row + s.left, 0) / Traits::kBlockN;
+}
+// Does any, by the ranges of the key tiles' own steps?
+template <class Traits>
+__device__ __forceinline__ bool sees_key_tile(const Sequence& s, int row) {
+  const int first_key = first_key_tile<Traits>(s, row) * Traits::kBlockN;
+  const TileRange range = query_tiles<Traits::kBlockM, Traits::kBlockN>(s, first_key);
+  return range.begin <= row / Traits::kBlockM && row / Traits::kBlockM < range.end;
+}
+
 // Of the query tile at `row` of the place's sequence, number `sum` of all. The order is that of the
-// list: the last key tiles first (find_place).
+// list (find_place): who waits for its turn waits for key tiles that others have taken before.
 template <class Traits>
 __device__ __forceinline__ DqTarget find_target(const BackwardArguments& a,
-                                                const KeyTilePlace& place, int sum, int row) {
+                                                const KeyTilePlace& place, int sum, int row,
+                                                bool is_last) {
   const Sequence& s = place.sequence;
-  DqTarget target{a.plan.dq_sum + int64_t{sum} * (Traits::kBlockM * Traits::kHeadDim),
-                  a.additions + 2 * sum, 0};
-  if (a.p.deterministic) {
-    const int last_row = min(row + Traits::kBlockM, s.query_length) - 1;
-    const int last_key = min(last_row + s.right, s.key_length - 1);
-    target.turn = last_key / Traits::kBlockN - s.first_row / Traits::kBlockN;
-  }
-  return target;
+  const int turn = s.first_row / Traits::kBlockN - first_key_tile<Traits>(s, row);
+  return {a.plan.dq_sum + int64_t{sum} * (Traits::kBlockM * Traits::kHeadDim),
+          a.additions + 2 * sum, a.p.deterministic ? turn : min(turn, 1), is_last};
 }
 
 // Starts the copies of a tile [kRows][kCols], from dim `first_col` on.

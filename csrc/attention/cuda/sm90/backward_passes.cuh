@@ -5,7 +5,7 @@
 #pragma once
 
 #include "attention/cuda/dropout.cuh"
-#include "attention/cuda/sm90/backward_arguments.h"
+#include "attention/cuda/sm90/backward_common.cuh"
 #include "attention/cuda/sm90/backward_terms.cuh"
 #include "device/element.cuh"
 #include "ptx/sm90.cuh"
@@ -30,10 +30,7 @@ __device__ __forceinline__ KeyTilePlace find_place(const BackwardArguments& a, i
   const uint32_t section = a.section, slots = a.plan.key_slots;
   const uint32_t in_section = tile % (section * slots);
   const uint32_t column = tile / (section * slots) * section + in_section % section;
-  // The last key tiles first where the order of the list is that of the additions to dQ: under a
-  // causal mask they see the fewest queries, and nobody needs to wait for them.
-  const bool descends = a.p.deterministic && !kTakesColumns<Traits>;
-  const uint32_t slot = descends ? slots - 1 - in_section / section : in_section / section;
+  const uint32_t slot = in_section / section;
   const uint32_t kv_heads = a.p.kv_heads, heads = a.p.heads, batch_index = column / kv_heads;
   const BatchIndex batch(a.p, batch_index);
   const Sequence s = find_sequence(a.p, batch, Axis::kKey, kBlockN, static_cast<int>(slot));
@@ -141,11 +138,17 @@ __global__ void __launch_bounds__(kPassThreads)
 
   // Under their latency.
   if constexpr (!kTakesColumns<Traits>) {
-    if (threadIdx.x < 2) a.additions[2 * tile + threadIdx.x] = 0;
-    constexpr int kVectors = kBlockM * kHeadDim / 4;
-    float4* sum = reinterpret_cast<float4*>(plan.dq_sum) + int64_t{tile} * kVectors;
+    bool has_adders = false;
+    if constexpr (Traits::kStoresFirst) {
+      if (threadIdx.x < 2) a.additions[2 * tile + threadIdx.x] = 0;
+      has_adders = sees_key_tile<Traits>(s, s.first_row);
+    }
+    if (!has_adders) {
+      constexpr int kVectors = kBlockM * kHeadDim / 4;
+      float4* sum = reinterpret_cast<float4*>(plan.dq_sum) + int64_t{tile} * kVectors;
 #pragma unroll
-    for (int i = 0; i < kVectors; i += kPassThreads) sum[i + threadIdx.x] = {};
+      for (int i = 0; i < kVectors; i += kPassThreads) sum[i + threadIdx.x] = {};
+    }
   }
 
 #pragma unroll

@@ -25,6 +25,7 @@ struct SupplierTraits {
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
   static constexpr int kTermRows = kTermParts;  // of S
   static constexpr bool kAddsInOrder = false;   // to dQ, where deterministic
+  static constexpr bool kStoresFirst = false;
   static constexpr int kClusterSize = 1, kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kSupplierRegisters = 72, kConsumerRegisters = 216;
@@ -44,8 +45,8 @@ struct SupplierTraits {
     KeyTile k, v;
     QueryTile q[kStages], dout[kStages];
     TermTile<kBlockM> terms[kStages];
-    ScoreTile ds[2];                // in the end: dK and dV on their way out
-    float dq[2][64 * 64];           // blocks of dQ on their way out, [n][thread][4]
+    ScoreTile ds[2];       // in the end: dK and dV on their way out
+    float dq[2][64 * 64];  // blocks of dQ on their way out, [n][thread][4]
     Weights weights;
     float delta[kStages][kBlockM];  // in the order of stats_index
     Step steps[kStages];

@@ -28,6 +28,7 @@ struct WideTraits {
   static constexpr int kBlockM = 64, kBlockN = 128;  // queries of a step, keys of the pair
   static constexpr int kTermRows = 0;                // lse and delta come as they are
   static constexpr bool kAddsInOrder = false;        // to dQ, where deterministic
+  static constexpr bool kStoresFirst = false;
   static constexpr int kClusterSize = 2, kThreads = 512;
   // 4 x 128 registers a thread of each warpgroup's rank at launch.
   static constexpr int kProducerRegisters = 32, kDqRegisters = 64, kConsumerRegisters = 208;
