@@ -105,7 +105,8 @@ __device__ __forceinline__ void bulk_load(void* destination, const void* source,
       : "memory");
 }
 
-// "cp.async.bulk", shared -> global: `bytes` (a multiple of 16). Belongs to this thread's bulk group.
+// "cp.async.bulk", shared -> global: `bytes` (a multiple of 16). Belongs to this thread's bulk
+// group.
 __device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
                    __cvta_generic_to_global(destination)),
@@ -148,6 +149,16 @@ __device__ __forceinline__ void fence_async_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
+// "atom.cas", of the whole GPU, as ld.acquire: what was found there, which `value` has replaced
+// where it was `expected`.
+__device__ __forceinline__ int compare_and_swap_acquire(int* address, int expected, int value) {
+  int found;
+  asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], %2, %3;"
+               : "=r"(found)
+               : "l"(__cvta_generic_to_global(address)), "r"(expected), "r"(value)
+               : "memory");
+  return found;
+}
 // "ld.acquire", of the whole GPU: what was written before the value that it finds is visible.
 __device__ __forceinline__ int load_acquire(const int* address) {
   int x;

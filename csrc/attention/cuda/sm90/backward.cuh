@@ -106,8 +106,8 @@ __device__ __forceinline__ void produce(const BackwardArguments& a, typename Tra
   Ring<2> keys;
   for (int t = 0;; ++t) {
     // NOTE: no sooner, or who has the longest tile also has the next one from the start.
-    // Tiles wait for earlier ones: even the first is taken from the counter, so that an earlier one
-    // is always that of a CTA that runs.
+    // Even the first is taken from the counter: where tiles wait for earlier ones, these are then
+    // always those of CTAs that run.
     const int index = atomicAdd(a.next_tile, 1);
     KeyTilePlace& place = smem.places[t % 2];
     ptx::Mbarrier& place_full = smem.place_full[t % 2];
@@ -180,29 +180,40 @@ template <class Traits>
 __device__ __forceinline__ void add_blocks(const BackwardArguments& a, typename Traits::Smem& smem,
                                            int consumer) {
   static_assert(Traits::kTargets == 4);
-  bool is_ready = false;
+  const DqOrder order = a.dq_order;
+  const auto look = [&](const DqTarget& target) {
+    return order == DqOrder::kAny            ? 0
+           : order == DqOrder::kFirstClaimed ? target.claim(consumer)
+                                             : target.look(consumer);
+  };
+  int state = 0;
+  bool has_looked = false;
   for (int i = 0;; ++i) {
     ptx::mbarrier_wait(smem.dq_full[consumer], i & 1);
     if (smem.is_end[consumer]) break;
     const DqTarget target = smem.targets[i % 4];
+    if (!has_looked) state = look(target);
+    const bool is_first =
+        order == DqOrder::kFirstClaimed ? state == 0 : order == DqOrder::kFixed && target.turn == 0;
     float* const sum = target.sum + consumer * (64 * 64);
     constexpr uint32_t kBytes = sizeof(smem.dq[0]);
-    if (target.turn == 0) {
+    if (is_first) {
       ptx::bulk_store(sum, smem.dq[consumer], kBytes);
     } else {
-      while (!is_ready) is_ready = target.is_ready(consumer);
+      while (state < target.turn) state = target.look(consumer);
       ptx::fence_async_global();
       ptx::bulk_reduce_add(sum, smem.dq[consumer], kBytes);
     }
     ptx::bulk_commit();
     ptx::bulk_wait<0, true>();
     ptx::mbarrier_arrive(smem.dq_empty[consumer]);
-    if (a.p.deterministic || target.turn == 0) {
+    // Ahead: the answer takes a third of a step.
+    has_looked = !target.is_last;
+    if (has_looked) state = look(smem.targets[(i + 1) % 4]);
+    if (is_first || order == DqOrder::kFixed) {
       ptx::bulk_wait<0, false>();
       target.tell(consumer);
     }
-    // Looks ahead: the answer takes a third of a step.
-    is_ready = !target.is_last && smem.targets[(i + 1) % 4].is_ready(consumer);
   }
   ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.
 }

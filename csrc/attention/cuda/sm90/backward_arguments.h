@@ -35,6 +35,14 @@ struct alignas(16) KeyTilePlace {
 template <class Traits>
 inline constexpr bool kTakesColumns = false;
 
+// In what order key tiles are added to dQ.
+enum class DqOrder {
+  kAny,           // to zeros
+  kFirstClaimed,  // the first, whoever that is, begins the sum with a store
+  kFixed,         // bit for bit repeatable: that of the list, so that whoever waits waits for tiles
+                  // that others have taken; the first is a store
+};
+
 struct BackwardArguments {
   BackwardParams p;
   BackwardPlan plan;
@@ -47,10 +55,10 @@ struct BackwardArguments {
   int workers = 0;                 // CTAs or pairs of them
   KeyTilePlace* places = nullptr;  // [num_places + 1]: [key tiles, key_splits], and the end
   int* next_tile = nullptr;        // how many tiles were taken beyond the first of each CTA or pair
-  // [batches, heads, query_slots, 2]: where deterministic, what was added to each part of a tile's
-  // dQ so far. The list's order is then that of the additions, so that whoever waits for its turn
-  // waits for tiles that others have taken.
-  int* additions = nullptr;
+  DqOrder dq_order = DqOrder::kAny;
+  // [batches, heads, query_slots, 2], of each of two parts of a tile's dQ. kFirstClaimed: 0, 1 when
+  // the first is on its way, 2 when it is there; kFixed: how many are there.
+  int* dq_states = nullptr;
   float lse_factor = 0.0f;  // of lse, in base 2, in S before scale: -1 / (scale log2(e))
 };
 

@@ -30,6 +30,7 @@ struct ColumnTraits {
   static constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
   static constexpr int kTermRows = kTermParts;  // of S
   static constexpr bool kAddsInOrder = true;    // to dQ
+  static constexpr bool kStoresFirst = false;   // see column_step
   static constexpr int kClusterSize = 1, kThreads = 128 + kConsumerThreads;
   // 3 x 168 registers a thread of each warpgroup's rank at launch.
   static constexpr int kSupplierRegisters = 72, kConsumerRegisters = 216;

@@ -20,23 +20,23 @@ struct Ring {
   }
 };
 
-// Where a step's dQ is added, a part of the tile at a time, and after how many other key tiles:
-// none, which begins the sum with a store; the first; or, in a fixed order, all before this one.
-// `additions` counts them, for each of two parts: where the order is free, the first alone.
+// Where a step's dQ is added, a part of the tile at a time, and when: as soon as `state` has
+// reached `turn`, or at once by whoever claims the first addition (DqOrder).
 struct DqTarget {
   float* sum;
-  int* additions;
+  int* state;  // of each of two parts
   int turn;
   bool is_last;  // of the key tile: what the ring has next may not be there yet
 
-  // Is it our turn?
-  __device__ __forceinline__ bool is_ready(int part) const {
-    return turn == 0 || ptx::load_acquire(additions + part) >= turn;
+  // What was found: where it is 0 the first addition is ours.
+  __device__ __forceinline__ int claim(int part) const {
+    return ptx::compare_and_swap_acquire(state + part, 0, 1);
   }
+  __device__ __forceinline__ int look(int part) const { return ptx::load_acquire(state + part); }
   // Our addition has been performed: the next, please.
   __device__ __forceinline__ void tell(int part) const {
-    __threadfence();  // The addition comes before the count.
-    atomicAdd(additions + part, 1);
+    __threadfence();  // The addition comes before the word.
+    atomicAdd(state + part, 1);
   }
 };
 
@@ -53,16 +53,18 @@ __device__ __forceinline__ bool sees_key_tile(const Sequence& s, int row) {
   return range.begin <= row / Traits::kBlockM && row / Traits::kBlockM < range.end;
 }
 
-// Of the query tile at `row` of the place's sequence, number `sum` of all. The order is that of the
-// list (find_place): who waits for its turn waits for key tiles that others have taken before.
+// Of the query tile at `row` of the place's sequence, number `sum` of all.
 template <class Traits>
 __device__ __forceinline__ DqTarget find_target(const BackwardArguments& a,
                                                 const KeyTilePlace& place, int sum, int row,
                                                 bool is_last) {
   const Sequence& s = place.sequence;
-  const int turn = s.first_row / Traits::kBlockN - first_key_tile<Traits>(s, row);
+  int turn = a.dq_order == DqOrder::kAny ? 0 : 2;
+  if (a.dq_order == DqOrder::kFixed) {
+    turn = s.first_row / Traits::kBlockN - first_key_tile<Traits>(s, row);
+  }
   return {a.plan.dq_sum + int64_t{sum} * (Traits::kBlockM * Traits::kHeadDim),
-          a.additions + 2 * sum, a.p.deterministic ? turn : min(turn, 1), is_last};
+          a.dq_states + 2 * sum, turn, is_last};
 }
 
 // Starts the copies of a tile [kRows][kCols], from dim `first_col` on.

@@ -12,14 +12,33 @@
 
 namespace jax_flash::attention::sm90 {
 
+inline bool is_unmasked(const Problem& p) {
+  return p.mask.window_right >= p.seq_k && p.mask.window_left >= p.seq_q && !p.mask.varlen;
+}
+
 // Columns (batch entry, kv head) whose key tiles pass by together. Where a mask makes some tiles
 // longer than others, so many that a handful of CTAs share a column's queries: with fewer, all add
-// to the same sums of dQ; with more, L2 no longer serves them. Else one.
-inline int section_columns(const Problem& p, int64_t columns, int head_dim) {
-  if (p.mask.window_right >= p.seq_k && p.mask.window_left >= p.seq_q && !p.mask.varlen) return 1;
-  int section = head_dim > 128 ? 8 : 32;
+// to the same sums of dQ; with more, L2 no longer serves them. Where key tiles wait for those
+// before them, so many that these are ahead. hopper_backward.md has the measurements.
+template <class Traits>
+int section_columns(const BackwardParams& p, const BackwardPlan& plan) {
+  const int64_t columns = plan.batches * p.kv_heads;
+  int64_t section = 8;
+  if (Traits::kStoresFirst && is_unmasked(p)) {
+    section = std::max<int64_t>(8, 64 / plan.key_slots);
+  } else if (is_unmasked(p)) {
+    section = 1;
+  } else if (Traits::kStoresFirst) {
+    section = p.deterministic && plan.key_slots <= 8 ? 64 : 32;
+  }
   while (columns % section != 0) --section;
-  return section;
+  return static_cast<int>(section);
+}
+
+// Should the sums of dQ begin with a store? It saves the zeros of a tile that few are added to, and
+// what waits for it is less where many key tiles a CTA have come apart.
+inline bool suits_first_store(const BackwardParams& p, const BackwardPlan& plan) {
+  return plan.key_slots <= 32 && plan.batches * p.kv_heads * plan.key_slots >= 4 * kPlanCtas;
 }
 
 template <class Traits, typename Kernel>
@@ -38,7 +57,7 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   const int64_t query_tiles = plan.batches * p.heads * plan.query_slots;
   if (num_places > INT32_MAX / 2 || query_tiles > INT32_MAX / 2) return kNotCovered;
   a.num_places = static_cast<int>(num_places);
-  a.section = kColumns ? 1 : section_columns(p, columns, Traits::kHeadDim);
+  a.section = kColumns ? 1 : section_columns<Traits>(p, plan);
 
   if (plan.bytes > p.workspace_bytes) {
     return "jax_flash: workspace: smaller than the CUDA backward needs";
@@ -46,7 +65,9 @@ const char* launch_backward(const BackwardParams& p, cudaStream_t stream, Kernel
   static_assert(sizeof(KeyTilePlace) <= kPlanPlaceBytes);
   a.places = static_cast<KeyTilePlace*>(plan.places);
   a.next_tile = plan.counters;
-  a.additions = plan.counters + 4;
+  a.dq_states = plan.counters + 4;
+  if (Traits::kStoresFirst && suits_first_store(p, plan)) a.dq_order = DqOrder::kFirstClaimed;
+  if (p.deterministic) a.dq_order = DqOrder::kFixed;
   a.lse_factor = -1.0f / (p.scale * 1.4426950408889634f);
   if (!make_operand_map(p, p.q, p.seq_q, p.heads, p.head_dim, kBlockM, a.q) ||
       !make_operand_map(p, p.k, p.seq_k, p.kv_heads, p.head_dim, kBlockN, a.k) ||

@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kPassThreads)
   // Under their latency.
   if constexpr (!kTakesColumns<Traits>) {
     bool has_adders = false;
-    if constexpr (Traits::kStoresFirst) {
-      if (threadIdx.x < 2) a.additions[2 * tile + threadIdx.x] = 0;
+    if (Traits::kStoresFirst && a.dq_order != DqOrder::kAny) {
+      if (threadIdx.x < 2) a.dq_states[2 * tile + threadIdx.x] = 0;
       has_adders = sees_key_tile<Traits>(s, s.first_row);
     }
     if (!has_adders) {
