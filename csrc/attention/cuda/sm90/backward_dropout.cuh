@@ -6,8 +6,8 @@
 // exchange what they found, one word for 64 queries.
 //
 // Beside wgmma the integer units are slow: a wide product takes 18 to 25 clocks there, and 4 alone
-// (hopper_forward.md). Hence as few as possible of them, flags in the order in which they are used, and
-// arithmetic on pairs of 16-bit elements.
+// (hopper_forward.md). Hence as few as possible of them, flags in the order in which they are used,
+// and arithmetic on pairs of 16-bit elements.
 #pragma once
 
 #include "attention/cuda/dropout.cuh"
