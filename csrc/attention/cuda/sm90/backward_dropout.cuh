@@ -12,6 +12,7 @@
 
 #include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_arguments.h"
+#include "attention/cuda/sm90/backward_consumer.cuh"
 #include "common/philox.h"
 #include "device/element.cuh"
 #include "device/opaque.cuh"
@@ -81,6 +82,20 @@ __device__ __forceinline__ void drop(uint32_t (&rP)[kGroups][4],
                                      uint32_t (&rKept)[kGroups][4]) {
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) drop<Element>(rP[j], dropped, j, rKept[j]);
+}
+
+// dV += P^T dO, with what dropout keeps of P, if any of it is dropped; see drop.
+template <typename Element, bool kHasDropout, typename QueryTile, int kN, int kGroups>
+__device__ __forceinline__ void accumulate_kept(float (&rDV)[kN][4], uint32_t (&rP)[kGroups][4],
+                                                const DroppedBits (&dropped)[kGroups / 4],
+                                                uint32_t (&rKept)[kGroups][4],
+                                                const QueryTile& gradients) {
+  if constexpr (kHasDropout) {
+    drop<Element>(rP, dropped, rKept);
+    accumulate<Element>(rDV, rKept, gradients);
+  } else {
+    accumulate<Element>(rDV, rP, gradients);
+  }
 }
 
 // -delta of the columns of the j-th 16 queries, from where they lie in the order of stats_index.

@@ -172,12 +172,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
         }
         multiply_values_gradients(rDP, stage);
         uint32_t rKept[kBlockM / 16][4];
-        if constexpr (Traits::kHasDropout) {
-          drop<Element>(rP, dropped, rKept);
-          accumulate<Element>(rDV, rKept, smem.dout[stage]);
-        } else {
-          accumulate<Element>(rDV, rP, smem.dout[stage]);
-        }
+        accumulate_kept<Element, Traits::kHasDropout>(rDV, rP, dropped, rKept, smem.dout[stage]);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDP);
