@@ -48,7 +48,7 @@ def test_philox_in_parts(tmp_path):
     + [("float16", rate) for rate in (0.1, 0.9)],
 )
 def test_gradients(dtype, head_dim, rate):
-    """Each kernel, with thresholds on both sides of the one where the comparison changes."""
+    """Each kernel, with thresholds below, at and above half of all draws."""
     causal = dict(is_causal=True, causal_offset="bottom_right") if rate < 0.5 else {}
     options = dict(dropout_rate=rate, **causal)
     check_attention("cuda", dtype, Shape(2, 200, 333, 6, 2, head_dim), options)

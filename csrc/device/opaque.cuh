@@ -18,6 +18,9 @@ __device__ __forceinline__ T* opaque(T* pointer) {
   return pointer;
 }
 
+// This lane: what rare branches make of it is not computed ahead of a loop.
+__device__ inline int opaque_lane() { return static_cast<int>(opaque(threadIdx.x) % 32); }
+
 // 0 in a register, not a constant that moves about.
 __device__ __forceinline__ float opaque_zero() {
   float x = 0.0f;

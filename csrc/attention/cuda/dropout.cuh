@@ -71,14 +71,18 @@ class Dropout {
   uint32_t key0_ = 0, key1_ = 0, head_ = 0, batch_ = 0, threshold_high_;
 };
 
-// Of a draw word, 0xffff in the halves that keep their element, 0 in the others, so that one AND
-// drops both elements of a packed pair: the difference of the halves (VIADD.16x2, one instruction
-// from sm_90 on), where it borrowed nothing, and that bit all over its half. Three instructions;
-// VIMNMX.U16x2 with its two predicates would be one, but ptxas (13.0) leaves dead PRMTs beside it.
-__device__ __forceinline__ uint32_t dropout_pair_mask(uint32_t word, uint32_t threshold_pair) {
+// Which halves of a draw word keep their element, in bits 15 and 31 of the result (the others mean
+// nothing): the differences of the halves (VIADD.16x2, one instruction from sm_90 on), where they
+// borrowed nothing. Two instructions, for any threshold. `threshold_pair` has it in both halves.
+__device__ __forceinline__ uint32_t dropout_pair_signs(uint32_t word, uint32_t threshold_pair) {
   const uint32_t difference = __vsub2(word, threshold_pair);
-  const uint32_t kept = (word & ~threshold_pair) | ((word | ~threshold_pair) & ~difference);
-  return ptx::permute_bytes<0xbb99>(kept, 0);  // signs
+  return (word & ~threshold_pair) | ((word | ~threshold_pair) & ~difference);
+}
+// The same all over its half, so that one AND drops both elements of a packed pair. Three
+// instructions; VIMNMX.U16x2 with its two predicates would be one, but ptxas (13.0) leaves dead
+// PRMTs beside it.
+__device__ __forceinline__ uint32_t dropout_pair_mask(uint32_t word, uint32_t threshold_pair) {
+  return ptx::permute_bytes<0xbb99>(dropout_pair_signs(word, threshold_pair), 0);
 }
 
 // What the kept elements are multiplied by.

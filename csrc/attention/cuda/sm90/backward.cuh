@@ -13,6 +13,7 @@
 #include "attention/cuda/sm90/backward_consumer.cuh"
 #include "attention/cuda/sm90/backward_dropout.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
+#include "attention/cuda/sm90/backward_producer.cuh"
 #include "device/opaque.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
@@ -98,126 +99,6 @@ __device__ __forceinline__ void initialise_barriers(typename Traits::Smem& smem)
   ptx::fence_barrier_init();
 }
 
-// The producer thread: takes key tiles, walks over their steps and starts all copies.
-template <class Traits>
-__device__ __forceinline__ void produce(const BackwardArguments& a, typename Traits::Smem& smem) {
-  constexpr int kBlockM = Traits::kBlockM;
-  Ring<Traits::kStages> ring;
-  Ring<2> keys;
-  for (int t = 0;; ++t) {
-    // NOTE: no sooner, or who has the longest tile also has the next one from the start.
-    // Even the first is taken from the counter: where tiles wait for earlier ones, these are then
-    // always those of CTAs that run.
-    const int index = atomicAdd(a.next_tile, 1);
-    KeyTilePlace& place = smem.places[t % 2];
-    ptx::Mbarrier& place_full = smem.place_full[t % 2];
-    ptx::mbarrier_wait(smem.place_empty[t % 2], (t / 2 & 1) ^ 1);
-    if (index >= a.num_places) {
-      place.exists = false;
-      ptx::mbarrier_arrive(place_full);
-      return;
-    }
-    ptx::mbarrier_arrive_expect(place_full, sizeof(KeyTilePlace));
-    ptx::bulk_load(&place, a.places + index, sizeof(KeyTilePlace), place_full);
-    ptx::mbarrier_wait(place_full, t / 2 & 1);
-    int steps = place.num_steps, query_tile = place.first_tile, head = place.first_head;
-    if (steps == 0) continue;
-
-    const auto load_keys = [&](typename Traits::KeyTile& destination, const OperandMap& map,
-                               ptx::Mbarrier& full, ptx::Mbarrier& empty, uint32_t phase) {
-      ptx::mbarrier_wait(empty, phase ^ 1);
-      ptx::mbarrier_arrive_expect(full, sizeof(typename Traits::KeyTile));
-      load_tile(destination, map, place.batch, place.kv_head,
-                place.sequence.key_start + place.sequence.first_row, full,
-                ptx::L2Hint::kEvictFirst);
-    };
-    load_keys(smem.k[keys.stage], a.k, smem.k_full[keys.stage], smem.k_empty[keys.stage],
-              keys.phase);
-    for (bool is_first = true;; is_first = false) {
-      const int stage = ring.stage, row = query_tile * kBlockM;
-      const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
-      const char* stats =
-          reinterpret_cast<char*>(a.plan.stats) + int64_t{sum} * (kPlanStatBytes * kBlockM);
-      constexpr uint32_t kBytes = sizeof(typename Traits::QueryTile);
-
-      ptx::mbarrier_wait(smem.q_empty[stage], ring.phase ^ 1);
-      typename Traits::Step& step = smem.steps[stage];
-      smem.targets[ring.phase * Traits::kStages + stage] =
-          find_target<Traits>(a, place, sum, row, steps == 1);
-      step.head = head;
-      step.row = row;
-      step.is_full = place.range.is_full(query_tile);
-      step.is_last = steps == 1;
-      ptx::mbarrier_arrive_expect(smem.q_full[stage], kBytes + 2 * Traits::kTermRows * kBlockM);
-      load_tile(smem.q[stage], a.q, place.batch, head, place.sequence.query_start + row,
-                smem.q_full[stage], ptx::L2Hint::kEvictLast);
-      load_terms<Traits::kTermRows>(smem.terms[stage], stats, smem.q_full[stage]);
-
-      // After the first Q: V's place is free when the last step of the tile before has its dP.
-      if (is_first) load_keys(smem.v, a.v, smem.v_full, smem.v_empty, keys.stage);
-      ptx::mbarrier_wait(smem.dout_empty[stage], ring.phase ^ 1);
-      constexpr uint32_t kDeltaBytes = Traits::kHasDropout ? 2 * kBlockM : 0;
-      ptx::mbarrier_arrive_expect(smem.dout_full[stage], kBytes + kDeltaBytes);
-      load_tile(smem.dout[stage], a.dout, place.batch, head, place.sequence.query_start + row,
-                smem.dout_full[stage], ptx::L2Hint::kEvictLast);
-      if constexpr (Traits::kHasDropout) {
-        ptx::bulk_load(smem.minus_delta[stage], stats + kMinusDelta<kBlockM>, kDeltaBytes,
-                       smem.dout_full[stage]);
-      }
-      ring.advance();
-      if (--steps == 0) break;
-      if (++query_tile == place.range.end) {
-        query_tile = place.range.begin;
-        ++head;
-      }
-    }
-    keys.advance();
-  }
-}
-
-// One thread a consumer warpgroup: adds its blocks of dQ to the sums.
-template <class Traits>
-__device__ __forceinline__ void add_blocks(const BackwardArguments& a, typename Traits::Smem& smem,
-                                           int consumer) {
-  static_assert(Traits::kTargets == 4);
-  const DqOrder order = a.dq_order;
-  const auto look = [&](const DqTarget& target) {
-    return order == DqOrder::kAny            ? 0
-           : order == DqOrder::kFirstClaimed ? target.claim(consumer)
-                                             : target.look(consumer);
-  };
-  int state = 0;
-  bool has_looked = false;
-  for (int i = 0;; ++i) {
-    ptx::mbarrier_wait(smem.dq_full[consumer], i & 1);
-    if (smem.is_end[consumer]) break;
-    const DqTarget target = smem.targets[i % 4];
-    if (!has_looked) state = look(target);
-    const bool is_first =
-        order == DqOrder::kFirstClaimed ? state == 0 : order == DqOrder::kFixed && target.turn == 0;
-    float* const sum = target.sum + consumer * (64 * 64);
-    constexpr uint32_t kBytes = sizeof(smem.dq[0]);
-    if (is_first) {
-      ptx::bulk_store(sum, smem.dq[consumer], kBytes);
-    } else {
-      while (state < target.turn) state = target.look(consumer);
-      ptx::fence_async_global();
-      ptx::bulk_reduce_add(sum, smem.dq[consumer], kBytes);
-    }
-    ptx::bulk_commit();
-    ptx::bulk_wait<0, true>();
-    ptx::mbarrier_arrive(smem.dq_empty[consumer]);
-    // Ahead: the answer takes a third of a step.
-    has_looked = !target.is_last;
-    if (has_looked) state = look(smem.targets[(i + 1) % 4]);
-    if (is_first || order == DqOrder::kFixed) {
-      ptx::bulk_wait<0, false>();
-      target.tell(consumer);
-    }
-  }
-  ptx::bulk_wait<0, false>();  // Shared memory outlives the last copy.
-}
-
 enum class ConsumerBarrier { kBoth = 1, kOwn = 2 };  // kOwn + consumer
 
 template <class Traits>
@@ -231,7 +112,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kHeadDim = Traits::kHeadDim;
   const int thread = threadIdx.x % 128;
-  const int warp_row = 64 * consumer + thread / 32 * 16;  // of the key tile
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 - 64;  // of the key tile
   const float scale_log2 = a.p.scale * 1.4426950408889634f;
 
   const auto sync_consumers = [] {
@@ -253,19 +134,12 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
     ptx::wgmma_commit();
   };
   // This warpgroup's 64 x 64 block of dS K.
-  const auto multiply_scores = [&](float (&rD)[8][4], const ScoreTile& ds, int key_stage) {
+  const auto make_dq = [&](float (&rDQ)[8][4], const ScoreTile& ds, int key_stage) {
     const int query_slab = kBlockM > 64 ? consumer : 0,
               dim_slab = kHeadDim > 64 ? device::opaque(consumer) : 0;
-    const ptx::MatrixDescriptor a =
-        ptx::MatrixDescriptor(&ds, 0) + query_slab * (ScoreTile::kSlabBytes >> 4);
-    const ptx::MatrixDescriptor b =
-        ptx::MatrixDescriptor(&smem.k[key_stage], 0) + dim_slab * (KeyTile::kSlabBytes >> 4);
-    ptx::wgmma_pin(rD);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kBlockN / 16; ++k) {
-      ptx::wgmma<Element, true, true>(rD, a + k * ptx::kRows16, b + k * ptx::kRows16, k > 0);
-    }
+    multiply_scores<Element, kBlockN, false>(
+        rDQ, ptx::MatrixDescriptor(&ds, 0) + query_slab * (ScoreTile::kSlabBytes >> 4),
+        ptx::MatrixDescriptor(&smem.k[key_stage], 0) + dim_slab * (KeyTile::kSlabBytes >> 4));
   };
 
   Ring<Traits::kStages> ring;
@@ -365,12 +239,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         // In flight: dP. dV runs while dP becomes dS.
         const int stage = ring.stage;
         uint32_t rKept[kBlockM / 16][4];
-        if constexpr (Traits::kHasDropout) {
-          drop<Element>(rP, dropped, rKept);
-          accumulate<Element>(rDV, rKept, smem.dout[stage]);
-        } else {
-          accumulate<Element>(rDV, rP, smem.dout[stage]);
-        }
+        accumulate_kept<Element, Traits::kHasDropout>(rDV, rP, dropped, rKept, smem.dout[stage]);
         ptx::wgmma_commit();
         if (dq_is_written) send_dq();  // the last step's; the fence waits under dP
         ptx::wgmma_wait<1>();
@@ -407,8 +276,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
           release(smem.v_empty);
           ptx::mbarrier_wait(smem.ds_full[ds_ring.stage], ds_ring.phase);
           const int key_stage = keys.stage;
-          multiply_scores(rDQ, ds, key_stage);
-          ptx::wgmma_commit();
+          make_dq(rDQ, ds, key_stage);
           ds_ring.advance();
           keys.advance();
           begin_tile(t + 1);
@@ -429,8 +297,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
         // dQ, once the other warpgroup has its dS, while the next S becomes P; the next dP while dQ
         // leaves.
         ptx::mbarrier_wait(smem.ds_full[ds_ring.stage], ds_ring.phase);
-        multiply_scores(rDQ, ds, keys.stage);
-        ptx::wgmma_commit();
+        make_dq(rDQ, ds, keys.stage);
         ds_ring.advance();
         draw(smem.steps[ring.stage].head, smem.steps[ring.stage].row);
         ptx::wgmma_wait<1>();
@@ -469,7 +336,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename Tra
   }
   ptx::wgmma_wait<0>();
   ptx::mbarrier_wait(smem.dq_empty[consumer], dq_phase ^ 1);
-  if (thread == 0) smem.is_end[consumer] = true;
+  if (thread == 0) smem.is_end[device::thread_index() / 128 - 1] = true;
   __syncwarp();  // The end is written before it is told.
   release(smem.dq_full[consumer]);
 }

@@ -9,6 +9,7 @@
 #include "attention/cuda/sm90/backward_column_supply.cuh"
 #include "attention/cuda/sm90/backward_consumer.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
+#include "attention/cuda/sm90/backward_supplied.cuh"
 #include "device/opaque.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
@@ -225,20 +226,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     column_kernel(const __grid_constant__ BackwardArguments a) {
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& smem = *reinterpret_cast<typename Traits::Smem*>(shared);
-  // NOTE: the shuffle tells the compiler that a warp is of one mind.
-  const int warpgroup = __shfl_sync(device::kWarp, threadIdx.x / 128, 0);
-  if (threadIdx.x == 0) initialise_column_barriers<Traits>(smem);
-  fill_weights<typename Traits::Element>(smem.weights);
-  for (auto& terms : smem.terms) zero_other_rows<Traits::kTermRows>(terms);
-  ptx::fence_async_shared();
-  __syncthreads();  // The barriers exist, the constants are written.
-  if (warpgroup == 0) {
-    ptx::give_registers<Traits::kSupplierRegisters>();
-    supply_column<Traits>(a, smem);
-  } else {
-    ptx::take_registers<Traits::kConsumerRegisters>();
-    consume_column<Traits>(a, smem, warpgroup - 1);
-  }
+  run_supplied<Traits>(
+      smem, [&] { initialise_column_barriers<Traits>(smem); },
+      [&] { supply_column<Traits>(a, smem); },
+      [&](int consumer) { consume_column<Traits>(a, smem, consumer); });
 }
 
 }  // namespace jax_flash::attention::sm90

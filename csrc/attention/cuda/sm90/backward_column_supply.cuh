@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/cuda/sm90/backward_common.cuh"
+#include "attention/cuda/sm90/backward_steps.cuh"
 #include "attention/cuda/sm90/backward_terms.cuh"
 #include "device/element.cuh"
 #include "device/opaque.cuh"
@@ -175,13 +176,7 @@ __device__ __forceinline__ void supply_column(const BackwardArguments& a,
           ptx::MatrixDescriptor(&smem.ds[stage], 0) + block * (ScoreTile::kSlabBytes >> 4);
       const ptx::MatrixDescriptor k = ptx::MatrixDescriptor(&smem.k[0], KeyTile::kSlabBytes) +
                                       key_buffer * (sizeof(KeyTile) >> 4);
-      ptx::wgmma_pin(rDQ);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int n = 0; n < kBlockN / 16; ++n) {
-        ptx::wgmma<Element, true, true>(rDQ, ds + n * ptx::kRows16, k + n * ptx::kRows16, true);
-      }
-      ptx::wgmma_commit();
+      multiply_scores<Element, kBlockN, true>(rDQ, ds, k);
       if (block == kBlockM / 64 - 1 && is_first_warp) load_step(i + 2);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(rDQ);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/cuda/sm90/backward_arguments.h"
+#include "attention/cuda/sm90/pipeline.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
 
@@ -91,16 +92,9 @@ __device__ __forceinline__ void zero_rows(Tile& tile, int rows) {
   }
 }
 
-// One arrival of the warp: for what only wgmma and the copy engine read.
+// One arrival of the warp: for what only wgmma and the copy engine read (else release_read).
 __device__ __forceinline__ void release(ptx::Mbarrier& barrier) {
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
-}
-// What lanes have read by loads of their own, each of them gives back, kWarpLanes arrivals a warp.
-// NOTE: one after __syncwarp would do, but racecheck only counts what the arriving thread itself
-// has read. It costs nothing: within 1% of one arrival a warp (H200, 2026-11-28).
-inline constexpr uint32_t kWarpLanes = 32;
-__device__ __forceinline__ void release_read(ptx::Mbarrier& barrier) {
-  ptx::mbarrier_arrive(barrier);
 }
 
 }  // namespace jax_flash::attention::sm90

@@ -6,6 +6,7 @@
 #include "attention/cuda/sm90/backward_common.cuh"
 #include "attention/cuda/sm90/backward_terms.cuh"
 #include "device/element.cuh"
+#include "device/opaque.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
 #include "ptx/wgmma.cuh"
@@ -139,10 +140,11 @@ __device__ __forceinline__ void store_gradient(Tile& tile, const float (&rD)[kN]
                                                Element* destination, int64_t row_stride, int rows,
                                                int cols, int barrier) {
   constexpr int kChunks = kN;
-  const int thread = threadIdx.x % 128, col = thread % kChunks * 8;
+  // NOTE: the thread's index is read again, or it is kept through the steps, and spilled.
+  const int thread = device::thread_index() % 128, col = thread % kChunks * 8;
   using Address = device::LdmatrixAddress<Tile>;
   stage_gradient<Element, Tile>(
-      Address(tile, Address::Order::kRowsFirst, threadIdx.x % 128 / 32 * 16), rD, scale);
+      Address(tile, Address::Order::kRowsFirst, thread / 32 * 16, thread % 32), rD, scale);
   ptx::named_barrier_sync(barrier, 128);  // The tile is written before others copy it.
 #pragma unroll
   for (int first = 0; first < 64; first += 128 / kChunks) {

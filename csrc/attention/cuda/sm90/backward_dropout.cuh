@@ -6,12 +6,13 @@
 // exchange what they found, one word for 64 queries.
 //
 // Beside wgmma the integer units are slow: a wide product takes 18 to 25 clocks there, and 4 alone
-// (log.md). Hence as few as possible of them, flags in the order in which they are used, and
-// arithmetic on pairs of 16-bit elements.
+// (hopper_forward.md). Hence as few as possible of them, flags in the order in which they are used,
+// and arithmetic on pairs of 16-bit elements.
 #pragma once
 
 #include "attention/cuda/dropout.cuh"
 #include "attention/cuda/sm90/backward_arguments.h"
+#include "attention/cuda/sm90/backward_consumer.cuh"
 #include "common/philox.h"
 #include "device/element.cuh"
 #include "device/opaque.cuh"
@@ -20,28 +21,13 @@
 
 namespace jax_flash::attention::sm90 {
 
-// Which halves of a word of draws are at least the threshold t: bits 15 and 31 of the result. A
-// draw is limited first, so that no sum leaves its half: to t, where that is at most 2^15, so that
-// a kept one becomes 2^15 exactly, or from below to t - 1.
-template <bool kIsLow>  // t <= 2^15
-class Threshold {
- public:
-  __device__ __forceinline__ explicit Threshold(uint32_t threshold)
-      : limit_((kIsLow ? threshold : threshold - 1) * 0x10001u),
-        rest_((0x8000u - threshold) * 0x10001u) {}
-  __device__ __forceinline__ uint32_t passes(uint32_t word) const {
-    return (kIsLow ? __vminu2(word, limit_) : __vmaxu2(word, limit_)) + rest_;
-  }
-
- private:
-  uint32_t limit_, rest_;
-};
-
 // What is dropped of 64 queries, a bit each: bit 8 half + n for rS[n][2 half], 16 more for the odd
 // one beside it. A thread of 128 queries has two.
 using DroppedBits = uint32_t;
 
-template <int kIlp, bool kIsLow>
+// Draws for 64 queries from `row` on and this warp's 16 keys from `col` on, both multiples of 16
+// and counted from the sequence's start; kIlp calls at a time, which want 10 registers each.
+template <int kIlp>
 __device__ __forceinline__ DroppedBits draw_dropped(const DropoutWords& words, uint32_t head_id,
                                                     uint32_t threshold, int row, int col) {
   // NOTE: read here, or what follows from it waits in registers through the steps.
@@ -49,7 +35,8 @@ __device__ __forceinline__ DroppedBits draw_dropped(const DropoutWords& words, u
   const PhiloxColumn column = philox_column(static_cast<uint32_t>(col) / 16 * 4 + key / 2, head_id,
                                             words.batch, words.key0, words.key1);
   const PhiloxKeys keys = philox_keys(words.key0, words.key1);
-  const Threshold<kIsLow> limit(threshold);
+  const uint32_t threshold_pair = threshold * 0x10001u;
+  const auto signs = [=](uint32_t word) { return dropout_pair_signs(word, threshold_pair); };
   uint32_t kept = 0;
 #pragma unroll kIlp
   for (int j = 0; j < 4; ++j) {
@@ -57,21 +44,13 @@ __device__ __forceinline__ DroppedBits draw_dropped(const DropoutWords& words, u
     const Philox4 draws = philox(philox_row(y, head_id, words.key0), column, keys);
     // Bytes, each 0 or 255: the even key, the odd key; the even key + 8, the odd key + 8.
     constexpr uint32_t kSigns = 0xfdb9, kBits = 0x01010101;
-    const uint32_t first = ptx::permute_bytes<kSigns>(limit.passes(draws.x), limit.passes(draws.y));
-    const uint32_t last = ptx::permute_bytes<kSigns>(limit.passes(draws.z), limit.passes(draws.w));
+    const uint32_t first = ptx::permute_bytes<kSigns>(signs(draws.x), signs(draws.y));
+    const uint32_t last = ptx::permute_bytes<kSigns>(signs(draws.z), signs(draws.w));
     kept |= first & kBits << 2 * j;
     kept |= last & kBits << (2 * j + 1);
   }
   const uint32_t other = __shfl_xor_sync(device::kWarp, kept, 4);
   return ~__byte_perm(kept, other, is_odd ? 0x3175 : 0x6420);
-}
-// Draws for 64 queries from `row` on and this warp's 16 keys from `col` on, both multiples of 16
-// and counted from the sequence's start; kIlp calls at a time, which want 10 registers each.
-template <int kIlp>
-__device__ __forceinline__ DroppedBits draw_dropped(const DropoutWords& words, uint32_t head_id,
-                                                    uint32_t threshold, int row, int col) {
-  return threshold <= 0x8000u ? draw_dropped<kIlp, true>(words, head_id, threshold, row, col)
-                              : draw_dropped<kIlp, false>(words, head_id, threshold, row, col);
 }
 
 // Of h = P / 2 and s, which is h with a sign where P is dropped: P where it is kept, and (from that
@@ -103,6 +82,20 @@ __device__ __forceinline__ void drop(uint32_t (&rP)[kGroups][4],
                                      uint32_t (&rKept)[kGroups][4]) {
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) drop<Element>(rP[j], dropped, j, rKept[j]);
+}
+
+// dV += P^T dO, with what dropout keeps of P, if any of it is dropped; see drop.
+template <typename Element, bool kHasDropout, typename QueryTile, int kN, int kGroups>
+__device__ __forceinline__ void accumulate_kept(float (&rDV)[kN][4], uint32_t (&rP)[kGroups][4],
+                                                const DroppedBits (&dropped)[kGroups / 4],
+                                                uint32_t (&rKept)[kGroups][4],
+                                                const QueryTile& gradients) {
+  if constexpr (kHasDropout) {
+    drop<Element>(rP, dropped, rKept);
+    accumulate<Element>(rDV, rKept, gradients);
+  } else {
+    accumulate<Element>(rDV, rP, gradients);
+  }
 }
 
 // -delta of the columns of the j-th 16 queries, from where they lie in the order of stats_index.

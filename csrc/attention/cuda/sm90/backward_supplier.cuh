@@ -7,6 +7,7 @@
 #include "attention/cuda/sm90/backward_consumer.cuh"
 #include "attention/cuda/sm90/backward_dropout.cuh"
 #include "attention/cuda/sm90/backward_mask.cuh"
+#include "attention/cuda/sm90/backward_supplied.cuh"
 #include "attention/cuda/sm90/backward_supply.cuh"
 #include "device/shared_tile.cuh"
 #include "ptx/sm90.cuh"
@@ -172,12 +173,7 @@ __device__ __forceinline__ void consume_supplied(const BackwardArguments& a,
         }
         multiply_values_gradients(rDP, stage);
         uint32_t rKept[kBlockM / 16][4];
-        if constexpr (Traits::kHasDropout) {
-          drop<Element>(rP, dropped, rKept);
-          accumulate<Element>(rDV, rKept, smem.dout[stage]);
-        } else {
-          accumulate<Element>(rDV, rP, smem.dout[stage]);
-        }
+        accumulate_kept<Element, Traits::kHasDropout>(rDV, rP, dropped, rKept, smem.dout[stage]);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(rDP);
@@ -259,20 +255,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     supplier_kernel(const __grid_constant__ BackwardArguments a) {
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& smem = *reinterpret_cast<typename Traits::Smem*>(shared);
-  // NOTE: the shuffle tells the compiler that a warp is of one mind.
-  const int warpgroup = __shfl_sync(device::kWarp, threadIdx.x / 128, 0);
-  if (threadIdx.x == 0) initialise_supplier_barriers<Traits>(smem);
-  fill_weights<typename Traits::Element>(smem.weights);
-  for (auto& terms : smem.terms) zero_other_rows<Traits::kTermRows>(terms);
-  ptx::fence_async_shared();
-  __syncthreads();  // The barriers exist, the constants are written.
-  if (warpgroup == 0) {
-    ptx::give_registers<Traits::kSupplierRegisters>();
-    supply<Traits>(a, smem);
-  } else {
-    ptx::take_registers<Traits::kConsumerRegisters>();
-    consume_supplied<Traits>(a, smem, warpgroup - 1);
-  }
+  run_supplied<Traits>(
+      smem, [&] { initialise_supplier_barriers<Traits>(smem); }, [&] { supply<Traits>(a, smem); },
+      [&](int consumer) { consume_supplied<Traits>(a, smem, consumer); });
 }
 
 }  // namespace jax_flash::attention::sm90

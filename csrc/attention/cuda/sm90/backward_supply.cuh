@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/cuda/sm90/backward_common.cuh"
+#include "attention/cuda/sm90/backward_steps.cuh"
 #include "attention/cuda/sm90/backward_terms.cuh"
 #include "ptx/sm90.cuh"
 #include "ptx/wgmma.cuh"
@@ -74,13 +75,15 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
     key_phase ^= 1;
 
     // Q, lse, dO and delta of the next step.
-    int head = place.first_head, query_tile = place.first_tile, loaded = 0;
+    StepWalk walk(place);
+    int loaded = 0;
     const auto load_step = [&] {
       if (loaded == steps) return;
+      const int head = walk.head, query_tile = walk.query_tile;
       const int stage = ring.stage, row = query_tile * kBlockM, rows = s.query_length - row;
       const bool is_whole = rows >= kBlockM;
       if (is_leader) {
-        const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
+        const int sum = walk.sum(a, place);
         const char* stats =
             reinterpret_cast<char*>(a.plan.stats) + int64_t{sum} * (kPlanStatBytes * kBlockM);
         constexpr uint32_t kTermBytes = 2 * Traits::kTermRows * kBlockM;
@@ -118,10 +121,7 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
       }
       ring.advance();
       ++loaded;
-      if (++query_tile == place.range.end) {
-        query_tile = place.range.begin;
-        ++head;
-      }
+      walk.advance(place);
     };
     if (key_rows < kBlockN) {
       ptx::mbarrier_wait(smem.ragged, ragged_phase);
@@ -138,31 +138,21 @@ __device__ __forceinline__ void supply(const BackwardArguments& a, typename Trai
 #pragma unroll 1
     for (int i = 0; i < Traits::kStages; ++i) load_step();
 
-    int dq_head = place.first_head, dq_tile = place.first_tile;
+    StepWalk dq_walk(place);
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
-      const int sum = place.query_tile + dq_head * static_cast<int>(a.plan.query_slots) + dq_tile;
+      const int sum = dq_walk.sum(a, place);
       float* const dq = a.plan.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
-      if (++dq_tile == place.range.end) {
-        dq_tile = place.range.begin;
-        ++dq_head;
-      }
+      dq_walk.advance(place);
       ptx::mbarrier_wait(smem.ds_full[ds_ring.stage], ds_ring.phase);
 #pragma unroll
       for (int block = 0; block < Traits::kDqBlocks; ++block) {
-        const ptx::MatrixDescriptor a = ptx::MatrixDescriptor(&smem.ds[ds_ring.stage], 0) +
-                                        block / kDimBlocks * (ScoreTile::kSlabBytes >> 4);
-        const ptx::MatrixDescriptor b = ptx::MatrixDescriptor(&smem.k, KeyTile::kSlabBytes) +
-                                        block % kDimBlocks * (KeyTile::kSlabBytes >> 4);
+        const ptx::MatrixDescriptor scores = ptx::MatrixDescriptor(&smem.ds[ds_ring.stage], 0) +
+                                             block / kDimBlocks * (ScoreTile::kSlabBytes >> 4);
+        const ptx::MatrixDescriptor keys = ptx::MatrixDescriptor(&smem.k, KeyTile::kSlabBytes) +
+                                           block % kDimBlocks * (KeyTile::kSlabBytes >> 4);
         float rDQ[8][4];
-        ptx::wgmma_pin(rDQ);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kBlockN / 16; ++k) {
-          ptx::wgmma<typename Traits::Element, true, true>(rDQ, a + k * ptx::kRows16,
-                                                           b + k * ptx::kRows16, k > 0);
-        }
-        ptx::wgmma_commit();
+        multiply_scores<typename Traits::Element, kBlockN, false>(rDQ, scores, keys);
         if (is_leader) ptx::bulk_wait<1, true>();
         sync();  // The copy before the last has read its block: it is free.
         ptx::wgmma_wait<0>();

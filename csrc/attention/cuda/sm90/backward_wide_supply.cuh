@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/cuda/sm90/backward_common.cuh"
+#include "attention/cuda/sm90/backward_steps.cuh"
 #include "device/opaque.cuh"
 #include "device/warp.cuh"
 #include "ptx/cluster.cuh"
@@ -92,10 +93,11 @@ __device__ __forceinline__ void bring_operands(const BackwardArguments& a,
       phases ^= 1;
     };
 
-    int head = place.first_head, query_tile = place.first_tile;
+    StepWalk walk(place);
     for (int i = 0; i < steps; ++i) {
+      const int head = walk.head, query_tile = walk.query_tile;
       const int row = query_tile * kBlockM, rows = s.query_length - row;
-      const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
+      const int sum = walk.sum(a, place);
       const bool is_whole = rows >= kBlockM;
       const bool is_full = place.range.is_full(query_tile);
       const char* stats =
@@ -146,10 +148,7 @@ __device__ __forceinline__ void bring_operands(const BackwardArguments& a,
       load_queries(!kIsValues, false);
       // Behind the first queries: their place is free before that of the last tile's keys.
       if (i == 0) load_keys();
-      if (++query_tile == place.range.end) {
-        query_tile = place.range.begin;
-        ++head;
-      }
+      walk.advance(place);
     }
     leave_place();
   }
@@ -214,15 +213,12 @@ __device__ __forceinline__ void make_dq(const BackwardArguments& a, typename Tra
     const KeyTilePlace& place = smem.places[t % 2];
     if (!device::uniform(place.exists)) break;
     const int steps = device::uniform(place.num_steps);
-    int head = place.first_head, query_tile = place.first_tile;
+    StepWalk walk(place);
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
-      const int sum = place.query_tile + head * static_cast<int>(a.plan.query_slots) + query_tile;
+      const int sum = walk.sum(a, place);
       float* const dq = a.plan.dq_sum + int64_t{sum} * (kBlockM * Traits::kHeadDim);
-      if (++query_tile == place.range.end) {
-        query_tile = place.range.begin;
-        ++head;
-      }
+      walk.advance(place);
       if (!kIsValues && i == 0) {
         ptx::mbarrier_wait(smem.half_full, key_phase);
         key_phase ^= 1;
@@ -236,14 +232,7 @@ __device__ __forceinline__ void make_dq(const BackwardArguments& a, typename Tra
                        : ptx::MatrixDescriptor(&smem.half_keys, KeyTile::kSlabBytes)) +
             block * (KeyTile::kSlabBytes >> 4);
         float rDQ[8][4];
-        ptx::wgmma_pin(rDQ);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kBlockN / 16; ++k) {
-          ptx::wgmma<typename Traits::Element, true, true>(rDQ, ds + k * ptx::kRows16,
-                                                           keys + k * ptx::kRows16, k > 0);
-        }
-        ptx::wgmma_commit();
+        multiply_scores<typename Traits::Element, kBlockN, false>(rDQ, ds, keys);
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(rDQ);
         if (block == kBlocks - 1) {

@@ -26,7 +26,7 @@ class ForwardOutput {
   // O through shared memory, so that the copy engine writes it while the warp goes on.
   __device__ __forceinline__ void copy(Tile& tile) {
     using Address = device::LdmatrixAddress<Tile>;
-    const int lane = lane_of_thread(), row = first_row_ + lane / 4;
+    const int lane = device::opaque_lane(), row = first_row_ + lane / 4;
     const float factor[2] = {factor_of(row < job_.s.query_length, 0),
                              factor_of(row + 8 < job_.s.query_length, 1)};
     if (factor[0] == 0.0f || factor[1] == 0.0f) {  // one branch for what is rare
@@ -68,7 +68,7 @@ class ForwardOutput {
     using Address = device::LdmatrixAddress<Tile>;
     constexpr int kLanes = Tile::kCols / 8;  // of a row
     constexpr int kRows = 32 / kLanes;       // of a store
-    const int lane = lane_of_thread(), row = first_row_ + lane / 4;
+    const int lane = device::opaque_lane(), row = first_row_ + lane / 4;
     const float factor[2] = {factor_of(row < job_.s.query_length, 0),
                              factor_of(row + 8 < job_.s.query_length, 1)};
     clear_unseen(factor[0], 0);
@@ -112,7 +112,7 @@ class ForwardOutput {
   // O row by row. Neighbouring lanes exchange words, so that the quad of a row writes whole sectors
   // of 32 bytes.
   __device__ __forceinline__ void write() {
-    const int lane = lane_of_thread(), q = lane % 4;
+    const int lane = device::opaque_lane(), q = lane % 4;
     const bool is_odd = q % 2 != 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -137,10 +137,6 @@ class ForwardOutput {
   }
 
  private:
-  // NOTE: opaque, so that nothing of this is computed ahead of the main loop, and then spilled.
-  __device__ static int lane_of_thread() {
-    return static_cast<int>(device::opaque(threadIdx.x) % 32);
-  }
   // What a row of O is multiplied by.
   __device__ __forceinline__ float factor_of(bool takes_part, int half) {
     float factor = takes_part ? softmax_.normalizer(half) : 0.0f;

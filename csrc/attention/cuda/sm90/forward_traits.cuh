@@ -8,6 +8,7 @@
 #include "attention/cuda/sm90/operand_map.h"
 #include "attention/cuda/sm90/pipeline.cuh"
 #include "attention/cuda/sm90/tile_counter.cuh"
+#include "device/opaque.cuh"
 #include "device/shared_tile.cuh"
 
 namespace jax_flash::attention::sm90 {
@@ -135,6 +136,12 @@ struct ForwardTraits : Tiles {
   };
   static_assert(Tiles::kTeams * sizeof(Smem) <= 227 * 1024);
 };
+
+// The calling warp's first row in the tile of queries. NOTE: opaque, so that what rare branches
+// make of it is not computed ahead of the main loop, and then spilled.
+__device__ inline int row_of_warp(int warpgroup) {
+  return 64 * warpgroup + static_cast<int>(device::opaque(threadIdx.x) % 128 / 32 * 16);
+}
 
 struct ForwardArguments {
   ForwardParams p;

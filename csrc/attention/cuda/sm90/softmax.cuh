@@ -168,7 +168,7 @@ struct RowSoftmax {
    public:
     // NOTE: opaque, so that nothing of this is computed ahead of the main loop, and then spilled.
     __device__ __forceinline__ Corner() {
-      const int lane = static_cast<int>(device::opaque(threadIdx.x) % 32);
+      const int lane = device::opaque_lane();
       row_ = lane / 4;
       col_ = lane % 4 * 2;
     }
