@@ -96,12 +96,13 @@ class ForwardConsumer {
     const RowSoftmax<Element> finished = softmax_;
     const uint32_t job = job_;
     if (!kIsPlain) begin(next);
-    constexpr bool kBeginsJobs = !kIsPlain && Traits::kFlattened;
-    const bool is_good = to_probabilities<kIsPlain, kBeginsJobs>(next);
+    bool moved = false;
+    const bool is_good = to_probabilities<kIsPlain, !kIsPlain && Traits::kFlattened>(next, moved);
     if (kIsPlain || is_good) release_operands(next);
     ptx::wgmma_wait<0>();  // O
     ptx::wgmma_pin(rO_);
     ptx::wgmma_pin(rP_);
+    if (moved) rescale();
     release_value();
     pack_probabilities();
     if (!kIsPlain && step.is_last()) {
@@ -134,7 +135,9 @@ class ForwardConsumer {
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(rS_[0]);
     begin(next);
-    if (to_probabilities<false, !Traits::kFlattened>(next)) {
+    bool moved = false;
+    if (to_probabilities<false, true>(next, moved)) {
+      if (moved) rescale();
       release_operands(next);
       pack_probabilities();
     } else {
@@ -233,20 +236,20 @@ class ForwardConsumer {
     ptx::wgmma_commit();
   }
 
-  // S -> P; rescales O where a reference moves. The product that may still add to O belongs to the
-  // old reference, so that it must be waited for; but then references move rarely. False where the
-  // guess that begins a job (kBeginsJobs) was none too good: begin_again.
+  // S -> P. `moved`: a reference has, and the caller must rescale O, as soon as the product that may
+  // still add to it, which belongs to the old reference, is there. False where the guess that begins
+  // a job (kBeginsJobs) was none too good: begin_again.
   template <bool kIsPlain, bool kBeginsJobs>
-  __device__ __forceinline__ bool to_probabilities(Step next) {
-    float alpha[2];
+  __device__ __forceinline__ bool to_probabilities(Step next, bool& moved) {
     bool is_good = true;
+    float alpha[2];
     if (!kIsPlain) {
       if (kBeginsJobs && Traits::kGuesses && next.is_first() &&
           next.view(warpgroup_) >= View::kEdge) {
         is_good = unusual_tiles().guess(next, softmax_, rS_);
       } else {
-        const bool moved = unusual_tiles().update(next, softmax_, rS_, alpha);
-        if (moved && !next.is_first()) rescale(alpha);
+        moved = unusual_tiles().update(next, softmax_, rS_, alpha) && !next.is_first();
+        if (moved) keep(alpha);
       }
       draw();
     } else if (!softmax_.try_update(rS_[0], a_.scale_log2, [this](int i) {
@@ -254,8 +257,8 @@ class ForwardConsumer {
                  return Traits::kHasDropout ? dropout_.scale_after(i, a_) : a_.scale_log2;
                })) {
       multiply_query_again();
-      softmax_.template update<true>(rS_[0], a_.scale_log2, alpha);
-      rescale(alpha);
+      moved = softmax_.template update<true>(rS_[0], a_.scale_log2, alpha);
+      keep(alpha);
       draw();
     }
     return is_good;
@@ -326,15 +329,28 @@ class ForwardConsumer {
     }
   }
 
-  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_pin(rO_);
+  // Multiplies O by the alpha that was kept. NOTE: in shared memory, since registers for what is
+  // rare are spilled. The warps of a warpgroup must wait for a product at the same instruction, so
+  // that O cannot be rescaled where the reference moves.
+  __device__ __forceinline__ void keep(const float (&alpha)[2]) {
+    const int lane = this->lane();
+    if (lane % 4 == 0) {
+      kept_alpha()[lane / 4] = alpha[0];
+      kept_alpha()[lane / 4 + 8] = alpha[1];
+    }
+    __syncwarp();  // The rows' factors are there.
+  }
+  __device__ __forceinline__ void rescale() {
+    const int row = lane() / 4;
+    const float alpha[2] = {kept_alpha()[row], kept_alpha()[row + 8]};
 #pragma unroll
     for (int d = 0; d < Traits::kFragmentsV; ++d) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) rO_[d][e] *= alpha[e / 2];
     }
+    __syncwarp();  // The factors have been read.
   }
+  __device__ __forceinline__ float* kept_alpha() const { return &smem_.alpha[first_row()]; }
 
   // Normalises O, writes it and lse.
   __device__ __forceinline__ void finish(uint32_t job_idx, RowSoftmax<Element> softmax) {

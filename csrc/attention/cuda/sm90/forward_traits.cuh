@@ -126,6 +126,7 @@ struct ForwardTraits : Tiles {
     Job job[kJobs];
     typename Walk::Window window[2];   // of the scheduler, of the loader
     uint32_t step[Tiles::kKeyStages];  // Step::code of what key[] holds
+    float alpha[kBlockM];              // what a row of O is to be multiplied by
     // With dropout: what the calls for a column of 16 x 16 blocks have in common, four a block.
     PhiloxColumn columns[kHasDropout ? Tiles::kKeyStages : 1][kHasDropout ? Tiles::kBlockN / 4 : 1];
     ptx::Mbarrier job_full[kJobs], job_empty[kJobs];
