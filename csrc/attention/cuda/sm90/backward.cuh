@@ -57,8 +57,8 @@ struct BackwardTraits {
     QueryTile q[kStages], dout[kStages];
     TermTile<kBlockM> terms[kStages];
     ScoreTile ds[2];                // in the end: dK and dV on their way out
-    float dq[kConsumers][64 * 64];  // a warpgroup's block of dQ, [n][thread][4]
     Weights weights;
+    float dq[kConsumers][64 * 64];  // a warpgroup's block of dQ, [n][thread][4]
     // -delta in 16 bits, where dropout leaves nothing else of dP, in the order of stats_index.
     alignas(16) uint32_t minus_delta[kStages][kHasDropout ? kBlockM / 2 : 1];
     Step steps[kStages];
