@@ -87,6 +87,7 @@ class ForwardConsumer {
     if (!kIsPlain && next.is_first()) load_query();
     take_turn();
     issue_scores(kIsPlain ? job_ : job_ + next.is_first());
+    if (!kIsPlain && next.is_first()) release_query();
     if (kIsPlain) next = Step(device::uniform(smem_.step[Key(steps_).stage]));
     issue_value();
     give_turn();
@@ -97,14 +98,16 @@ class ForwardConsumer {
     const uint32_t job = job_;
     if (!kIsPlain) begin(next);
     bool moved = false;
-    const bool is_good = to_probabilities<kIsPlain, !kIsPlain && Traits::kFlattened>(next, moved);
+    const bool is_good =
+        to_probabilities<kIsPlain, !kIsPlain && Traits::kFlattened, true>(next, moved);
     if (kIsPlain || is_good) release_operands(next);
     ptx::wgmma_wait<0>();  // O
     ptx::wgmma_pin(rO_);
     ptx::wgmma_pin(rP_);
-    if (moved) rescale();
+    if (moved && !Traits::kHasRoom) rescale();  // where ptxas spills less
     release_value();
     pack_probabilities();
+    if (moved && Traits::kHasRoom) rescale();
     if (!kIsPlain && step.is_last()) {
       finish(job, finished);
     } else if (kIsPlain || !next.is_first()) {
@@ -131,13 +134,13 @@ class ForwardConsumer {
     if (next.is_first()) load_query();
     take_turn();
     issue_scores(job_ + next.is_first());
+    if (next.is_first()) release_query();
     give_turn();
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(rS_[0]);
     begin(next);
     bool moved = false;
-    if (to_probabilities<false, true>(next, moved)) {
-      if (moved) rescale();
+    if (to_probabilities<false, Traits::kTeams == 1, false>(next, moved)) {
       release_operands(next);
       pack_probabilities();
     } else {
@@ -148,7 +151,10 @@ class ForwardConsumer {
 
   // A tile that only other warpgroups see.
   __device__ __forceinline__ void skip(Step next) {
-    if (next.is_first()) load_query();
+    if (next.is_first()) {
+      wait_query();
+      release_query();
+    }
     take_turn();
     give_turn();
     begin(next);
@@ -184,9 +190,13 @@ class ForwardConsumer {
     ptx::mbarrier_wait(smem_.k_full[place.stage], place.parity);
   }
 
-  __device__ __forceinline__ void load_query() {
+  __device__ __forceinline__ void wait_query() {
     const Query place(job_ + 1);
     ptx::mbarrier_wait(smem_.q_full[place.stage], place.parity);
+  }
+  __device__ __forceinline__ void load_query() {
+    wait_query();
+    const Query place(job_ + 1);
     if constexpr (Traits::kQueryInRegisters) {
       using Address = device::LdmatrixAddress<QueryTile>;
       const Address address(smem_.query[place.stage], Address::Order::kRowsFirst, first_row(),
@@ -195,8 +205,14 @@ class ForwardConsumer {
       for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
         ptx::ldmatrix_x4(rQ_[k], address(0, 16 * k));
       }
-      release(smem_.q_empty[place.stage]);
     }
+  }
+  // Of the next job, where it is in registers. NOTE: not before the product with it has been issued,
+  // which waits for it: an arrival does not wait for loads that are on their way (ptxas), and the
+  // copy engine has overwritten Q before it was read: beside other processes' kernels in one of 50
+  // calls, a row or a few of it (H200, 2026-11-28).
+  __device__ __forceinline__ void release_query() {
+    if (Traits::kQueryInRegisters) release(smem_.q_empty[Query(job_ + 1).stage]);
   }
 
   // S = Q K^T, with the Q of job `job`
@@ -236,20 +252,21 @@ class ForwardConsumer {
     ptx::wgmma_commit();
   }
 
-  // S -> P. `moved`: a reference has, and the caller must rescale O, as soon as the product that may
-  // still add to it, which belongs to the old reference, is there. False where the guess that begins
-  // a job (kBeginsJobs) was none too good: begin_again.
-  template <bool kIsPlain, bool kBeginsJobs>
+  // S -> P. `moved`: a reference has, and where a product may still add to O (kUnderValue), which
+  // belongs to the old one, the caller must rescale O as soon as that is there. False where the
+  // guess that begins a job (kBeginsJobs) was none too good: begin_again.
+  template <bool kIsPlain, bool kBeginsJobs, bool kUnderValue>
   __device__ __forceinline__ bool to_probabilities(Step next, bool& moved) {
     bool is_good = true;
     float alpha[2];
     if (!kIsPlain) {
       if (kBeginsJobs && Traits::kGuesses && next.is_first() &&
-          next.view(warpgroup_) >= View::kEdge) {
+          next.view(warpgroup_) >= View::kEdge && (Traits::kTeams == 1 || a_.guesses)) {
         is_good = unusual_tiles().guess(next, softmax_, rS_);
       } else {
         moved = unusual_tiles().update(next, softmax_, rS_, alpha) && !next.is_first();
-        if (moved) keep(alpha);
+        if (moved && kUnderValue) keep(alpha);
+        if (moved && !kUnderValue) rescale(alpha);
       }
       draw();
     } else if (!softmax_.try_update(rS_[0], a_.scale_log2, [this](int i) {
@@ -343,12 +360,15 @@ class ForwardConsumer {
   __device__ __forceinline__ void rescale() {
     const int row = lane() / 4;
     const float alpha[2] = {kept_alpha()[row], kept_alpha()[row + 8]};
+    rescale(alpha);
+    __syncwarp();  // The factors have been read.
+  }
+  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
 #pragma unroll
     for (int d = 0; d < Traits::kFragmentsV; ++d) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) rO_[d][e] *= alpha[e / 2];
     }
-    __syncwarp();  // The factors have been read.
   }
   __device__ __forceinline__ float* kept_alpha() const { return &smem_.alpha[first_row()]; }
 

@@ -148,6 +148,7 @@ struct ForwardArguments {
   ForwardParams p;
   Schedule schedule;
   uint32_t num_tiles;
+  bool guesses;   // may a job begin with a guess? Where there are teams
   uint32_t lead;  // jobs that a CTA has taken and not finished, at most
   int counter;    // of tile_counter.cuh; negative: team t of n takes tiles t, t + n, t + 2 n, ...
   OperandMap q, k, v, o;
