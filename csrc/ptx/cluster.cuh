@@ -34,10 +34,9 @@ __device__ __forceinline__ void mbarrier_arrive_at(Mbarrier& barrier, uint32_t r
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_address(&barrier, rank))
                : "memory");
 }
-// The same, after a load from shared memory that brings `loaded` has ended: a CTA's own arrivals
-// come after its loads, those at other CTAs do not wait for them. NOTE: nothing else makes a
-// dependency that ptxas keeps; "release" at the scope of the cluster is MEMBAR.GPU and waits for
-// all that is on its way to global memory.
+// The same, after a load from shared memory that brings `loaded` has ended (mbarrier_arrive_after).
+// "release" at the scope of the cluster is MEMBAR.GPU and waits for all that is on its way to
+// global memory.
 __device__ __forceinline__ void mbarrier_arrive_at_after(Mbarrier& barrier, uint32_t rank,
                                                          uint32_t loaded) {
   asm volatile(

@@ -30,6 +30,20 @@ __device__ __forceinline__ void mbarrier_arrive(Mbarrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier))
                : "memory");
 }
+// The same, after a load from shared memory that brings `loaded` has ended. NOTE: by itself ptxas
+// lets an arrival go behind loads that are on their way, and nothing else makes a dependency that
+// it keeps.
+__device__ __forceinline__ void mbarrier_arrive_after(Mbarrier& barrier, uint32_t loaded) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.eq.u32 p, %1, 0xffffffff;\n"
+      "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+      "@!p mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+      "}" ::"r"(shared_address(&barrier)),
+      "r"(loaded)
+      : "memory");
+}
 // "mbarrier.arrive.expect_tx": one arrival, and `bytes` more for the phase to wait for.
 __device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier& barrier, uint32_t bytes) {
   asm volatile(

@@ -87,7 +87,6 @@ class ForwardConsumer {
     if (!kIsPlain && next.is_first()) load_query();
     take_turn();
     issue_scores(kIsPlain ? job_ : job_ + next.is_first());
-    if (!kIsPlain && next.is_first()) release_query();
     if (kIsPlain) next = Step(device::uniform(smem_.step[Key(steps_).stage]));
     issue_value();
     give_turn();
@@ -98,8 +97,8 @@ class ForwardConsumer {
     const uint32_t job = job_;
     if (!kIsPlain) begin(next);
     bool moved = false;
-    const bool is_good =
-        to_probabilities<kIsPlain, !kIsPlain && Traits::kFlattened, true>(next, moved);
+    const bool is_good = to_probabilities < kIsPlain, !kIsPlain && Traits::kFlattened,
+               true > (next, moved);
     if (kIsPlain || is_good) release_operands(next);
     ptx::wgmma_wait<0>();  // O
     ptx::wgmma_pin(rO_);
@@ -134,7 +133,6 @@ class ForwardConsumer {
     if (next.is_first()) load_query();
     take_turn();
     issue_scores(job_ + next.is_first());
-    if (next.is_first()) release_query();
     give_turn();
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(rS_[0]);
@@ -151,10 +149,7 @@ class ForwardConsumer {
 
   // A tile that only other warpgroups see.
   __device__ __forceinline__ void skip(Step next) {
-    if (next.is_first()) {
-      wait_query();
-      release_query();
-    }
+    if (next.is_first()) load_query();
     take_turn();
     give_turn();
     begin(next);
@@ -190,13 +185,9 @@ class ForwardConsumer {
     ptx::mbarrier_wait(smem_.k_full[place.stage], place.parity);
   }
 
-  __device__ __forceinline__ void wait_query() {
+  __device__ __forceinline__ void load_query() {
     const Query place(job_ + 1);
     ptx::mbarrier_wait(smem_.q_full[place.stage], place.parity);
-  }
-  __device__ __forceinline__ void load_query() {
-    wait_query();
-    const Query place(job_ + 1);
     if constexpr (Traits::kQueryInRegisters) {
       using Address = device::LdmatrixAddress<QueryTile>;
       const Address address(smem_.query[place.stage], Address::Order::kRowsFirst, first_row(),
@@ -205,14 +196,14 @@ class ForwardConsumer {
       for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
         ptx::ldmatrix_x4(rQ_[k], address(0, 16 * k));
       }
+      // NOTE: once the last load has ended: of an arrival behind loads that are on their way the
+      // copy engine overwrote rows of Q, in one of 50 calls beside other processes' (H200,
+      // 2026-11-28).
+      __syncwarp();
+      if (lane() == 0) {
+        ptx::mbarrier_arrive_after(smem_.q_empty[place.stage], rQ_[Traits::kHeadDim / 16 - 1][3]);
+      }
     }
-  }
-  // Of the next job, where it is in registers. NOTE: not before the product with it has been issued,
-  // which waits for it: an arrival does not wait for loads that are on their way (ptxas), and the
-  // copy engine has overwritten Q before it was read: beside other processes' kernels in one of 50
-  // calls, a row or a few of it (H200, 2026-11-28).
-  __device__ __forceinline__ void release_query() {
-    if (Traits::kQueryInRegisters) release(smem_.q_empty[Query(job_ + 1).stage]);
   }
 
   // S = Q K^T, with the Q of job `job`
