@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -146,6 +147,7 @@ def run_jobs(jobs: dict, timeout: float) -> int:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         for job, command in jobs.items()
     }
@@ -153,7 +155,7 @@ def run_jobs(jobs: dict, timeout: float) -> int:
         try:
             text, _ = process.communicate(timeout=max(1, begin + timeout - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # the tool and what it watches
             text, _ = process.communicate()
         summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
         calls = re.search(r"(\d+) of (\d+) calls failed", text)
