@@ -3,9 +3,10 @@
     python -m benchmarks.variants build --name mine --head-dims 64,128,256
     python -m benchmarks.variants.sanitize --name mine --tools memcheck,synccheck
 
-The tool slows a process down, and dies in, the more code it loads; here that is one shared object,
-and every array is an allocation of its own. All calls of `benchmarks.variants check` run, and each
-element of the results has to be written; whether they are right is check's business.
+The more code a process loads, the slower is the tool, and the sooner it dies; here that is one
+shared object. Every array is an allocation of its own. The calls are those of `benchmarks.variants
+check`, the backward also deterministic where it can; each element of the results has to be written,
+and whether it is right is check's business. All eight objects take 6 s (H200, 2026-11-28).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 from benchmarks import evidence
 from benchmarks.variants import __main__ as variants
 
+NOT_COVERED = "jax_flash: not covered by these kernels"  # kNotCovered
 RANDOM = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
 
 
@@ -77,13 +79,17 @@ def host_arrays(problem: variants.Problem, direction: str, fp16: bool) -> dict[s
     dtype = np.dtype(np.float16 if fp16 else ml_dtypes.bfloat16)
     batch, seq_q, seq_k, heads, kv_heads, head_dim = problem.shape.values()
     query, key = (batch, seq_q, heads, head_dim), (batch, seq_k, kv_heads, head_dim)
-    normal, nan = RANDOM.astype(dtype), dtype.type(math.nan)
-    arrays = dict(q=np.resize(normal, query), k=np.resize(normal, key), v=np.resize(normal, key))
+    random, nan = RANDOM.astype(dtype), dtype.type(math.nan)
+
+    def normal(shift, shape):  # other numbers in each array
+        return np.resize(random[shift:], shape)
+
+    arrays = dict(q=normal(0, query), k=normal(1, key), v=normal(2, key))
     if direction == "forward":
         arrays["o"] = np.full(query, nan)
         arrays["lse"] = np.full((batch, heads, seq_q), math.nan, np.float32)
     else:  # of the right order is enough
-        arrays |= dict(o=arrays["q"], dout=np.resize(normal, query))
+        arrays |= dict(o=normal(3, query), dout=normal(4, query))
         arrays["lse"] = np.full((batch, heads, seq_q), math.log(seq_k) + 0.5, np.float32)
         arrays |= dict(dq=np.full(query, nan), dk=np.full(key, nan), dv=np.full(key, nan))
     if problem.bounds:
@@ -102,6 +108,8 @@ def run_all(folder: pathlib.Path, name: str, direction: str, head_dim: int) -> i
         for deterministic in (False, True)[: 1 + (direction == "backward")]:
             fp16 = options.get("fp16", False)
             found = calls.run(problem, direction, fp16, deterministic=deterministic)
+            if found == NOT_COVERED:
+                continue
             count += 1
             if found:
                 bad += 1
