@@ -211,11 +211,21 @@ class Case:
 
 
 class Plan:
-    """Which case each index of a run is, the same in all of its processes."""
+    """Which case each index of a run is, the same in all of its processes.
 
-    def __init__(self, seed: int, cases: int, signatures: list[Signature]):
-        self.seed, self.signatures = seed, signatures
-        self.order = np.random.default_rng((seed, 1)).integers(len(signatures), size=cases)
+    Args:
+      labels: of `signatures`.
+    """
+
+    def __init__(self, seed: int, cases: int, count: int, labels: Sequence[str] = ()):
+        self.arguments = seed, cases, count, labels
+        self.seed = seed
+        self.signatures = signatures(seed, count, labels)
+        self.order = np.random.default_rng((seed, 1)).integers(count, size=cases)
+
+    def __reduce__(self):
+        """Small: a process that starts another waits until it reads what does not fit in a pipe."""
+        return Plan, self.arguments
 
     def case(self, index: int) -> Case:
         return draw_case(self.signatures[self.order[index]], self.seed, index)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import threading
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_a_case_whose_worker_dies_has_failed_and_the_others_go_on():
                     return
 
     args = soak.parse(["--cases", "6"])
-    plan = soak_cases.Plan(3, 6, soak_cases.signatures(3, 2))
+    plan = soak_cases.Plan(3, 6, 2)
     workers, tally = [], soak.Tally(9)
     for share, cases in (([0, 1, 2], 1), ([3, 4, 5], 9)):
         here, there = multiprocessing.Pipe()
@@ -119,6 +120,14 @@ def test_cases_can_be_drawn_again():
     assert first.labels() == second.labels()
     for name, value in first.operands.items():
         np.testing.assert_array_equal(value, second.operands[name])
+
+
+def test_a_plan_travels_as_what_it_is_made_of():
+    plan = soak_cases.Plan(5, 10000, 40, ["varlen"])
+    sent = pickle.dumps(plan)
+    assert len(sent) < 1000
+    got = pickle.loads(sent)
+    assert got.signatures == plan.signatures and (got.order == plan.order).all()
 
 
 def test_signatures_are_chosen_by_label():
