@@ -6,6 +6,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# numpy's products of the float64 definitions: more threads than cores wait for each other. A
+# definition of test_many_short_sequences took 18 s with 16 and 3 s with one (2 cores, 2026-11-28).
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

@@ -34,7 +34,7 @@ from benchmarks import evidence
 
 # racecheck costs some hundred times the run time: one shape of every kernel, forward and backward.
 RACECHECK = "racecheck"
-BATCH = 12  # tests a process of compute-sanitizer
+BATCH = 12  # tests a process of compute-sanitizer, at most
 
 
 def run_pytest(arguments: list[str], wrapper: Sequence[str] = (), env: dict | None = None) -> dict:
@@ -130,7 +130,8 @@ def run_sanitizer(tool: str, arguments: list[str], workers: int = 4) -> dict:
     if tool == "racecheck" and "-k" not in arguments:
         selection += ["-k", RACECHECK]
     tests = collect(selection or ["tests"])
-    batches = [tests[i : i + BATCH] for i in range(0, len(tests), BATCH)]
+    count = min(len(tests), max(workers, -(-len(tests) // BATCH)))
+    batches = [tests[i::count] for i in range(count)]
     total = dict.fromkeys(("passed", "failed", "skipped", "errors"), 0)
     unfinished: list[str] = []
     begin = time.monotonic()

@@ -1,5 +1,5 @@
 """What the soak runs: random signatures (what is compiled), random cases of each (what is data),
-and the judgement of one case against the float64 definition. Runs in worker processes, without GPU.
+and the judgement of one case against the float64 definition. All of it in numpy.
 
 A case is a function of (signature, seed, index) alone, so that any can be run again by itself.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -209,6 +210,27 @@ class Case:
         return self.signature.labels() + names
 
 
+class Plan:
+    """Which case each index of a run is, the same in all of its processes.
+
+    Args:
+      labels: of `signatures`.
+    """
+
+    def __init__(self, seed: int, cases: int, count: int, labels: Sequence[str] = ()):
+        self.arguments = seed, cases, count, labels
+        self.seed = seed
+        self.signatures = signatures(seed, count, labels)
+        self.order = np.random.default_rng((seed, 1)).integers(count, size=cases)
+
+    def __reduce__(self):
+        """Small: a process that starts another waits until it reads what does not fit in a pipe."""
+        return Plan, self.arguments
+
+    def case(self, index: int) -> Case:
+        return draw_case(self.signatures[self.order[index]], self.seed, index)
+
+
 def draw_case(signature: Signature, seed: int, index: int) -> Case:
     s, rng = signature, np.random.default_rng((seed, index))
     operands = {}
@@ -334,51 +356,55 @@ def existing_rows(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return found[0], found[1]
 
 
-def prepare(case: Case) -> tuple[np.ndarray, np.ndarray | None]:
-    """(ok, keep) as bits: what the plain form needs, small enough to travel between processes."""
-    ok, keep = pairs(case)
-    return np.packbits(ok), None if keep is None else np.packbits(keep)
+class Truth(NamedTuple):
+    """What the definition says, and how far dq and dk move by what every kernel rounds."""
+
+    forward: reference.Forward
+    gradients: reference.Gradients
+    inherent: tuple[float, float]
 
 
-def judge(case: Case, seed: int, bits, ours, plain) -> tuple[float, list[str]]:
-    """The largest error of (out, dq, dk, dv) over what is allowed it, and every complaint.
+def definition(case: Case, pairs, arrays, dlse) -> Truth:
+    """The case in float64.
 
     Args:
-      ours, plain: (out, lse or None, dq, dk, dv) in numpy.
+      pairs, arrays, dlse: of `pairs` and `tensors`.
     """
     s = case.signature
-    count = int(np.prod(s.scores))
-    ok, keep = (
-        None if x is None else np.unpackbits(x, count=count).reshape(s.scores).astype(bool)
-        for x in bits
-    )
-    q, k, v, dout, dlse = tensors(case, seed)
+    (ok, keep), (q, k, v, dout) = pairs, arrays
     scale = s.head_dim**-0.5 if s.scale is None else s.scale
     formula = dict(scale=scale, keep=keep, rate=s.rate)
     exact = reference.forward(q, k, v, ok, **formula)
     dlse = np.where(ok.any(-1), dlse, 0) if s.lse else None
     grads = reference.backward(q, k, v, ok, dout, dlse, **formula)
+    return Truth(exact, grads, helpers.rounding_of_delta(q, k, dout, exact, scale))
 
+
+def judge(case: Case, pairs, truth: Truth, ours, plain) -> tuple[float, list[str]]:
+    """The largest error of (out, dq, dk, dv) over what is allowed it, and every complaint.
+
+    Args:
+      ours, plain: (out, lse or None, dq, dk, dv) in numpy.
+    """
     worst, complaints = 0.0, []
     out, lse, *gradients = ours
     if lse is not None:
         try:
-            helpers.assert_lse(lse, exact.lse)
+            helpers.assert_lse(lse, truth.forward.lse)
         except AssertionError as error:
             complaints.append(f"lse: {' '.join(str(error).split())[:300]}")
-    inherent = (0.0, *helpers.rounding_of_delta(q, k, dout, exact, scale), 0.0)
-    for name, mine, truth, theirs, extra in zip(
+    for name, mine, exact, theirs, inherent in zip(
         ("out", "dq", "dk", "dv"),
         (out, *gradients),
-        (exact.out, *grads),
+        (truth.forward.out, *truth.gradients),
         (plain[0], *plain[2:]),
-        inherent,
+        (0.0, *truth.inherent, 0.0),
         strict=True,
     ):
-        ratio, text = helpers.error_ratio(mine, truth, theirs, extra)
+        ratio, text = helpers.error_ratio(mine, exact, theirs, inherent)
         worst = max(worst, ratio)
         if not ratio <= 1:
             complaints.append(f"{name}: {text}")
-    if np.asarray(out, np.float32)[np.moveaxis(~ok.any(-1), 1, 2)].any():
+    if np.asarray(out, np.float32)[np.moveaxis(~pairs[0].any(-1), 1, 2)].any():
         complaints.append("out: rows without keys are not 0")
     return worst, complaints

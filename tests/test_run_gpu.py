@@ -88,7 +88,7 @@ def test_a_batch_on_which_the_tool_dies_runs_again_test_by_test(monkeypatch):
     result = run_gpu.run_sanitizer("memcheck", [])
     assert result["passed"] == 29 and result["errors"] == 0
     assert result["unfinished"] == [tests[3]]
-    assert sum(len(batch) == 1 for batch in calls) == run_gpu.BATCH
+    assert sum(len(batch) == 1 for batch in calls) == 7 + 8  # the batches of both: one of four each
     assert not run_gpu.is_clean(result)
     assert run_gpu.is_clean(result | {"unfinished": []})
 

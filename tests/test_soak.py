@@ -1,14 +1,18 @@
 """The soak (tests/soak.py) on any machine: a dozen cases, and that it sees what is wrong."""
 
+import collections
+import contextlib
 import json
+import multiprocessing
 import os
+import pickle
 import threading
 
 import numpy as np
 import pytest
 
 from jax_flash.reference import attention as reference
-from tests import soak, soak_cases
+from tests import soak, soak_cases, soak_worker
 
 
 @pytest.fixture
@@ -50,8 +54,8 @@ def test_faults_are_seen(run, fault, monkeypatch):
             out = out + 0.1
         return out, lse, dq, dk, dv
 
-    correct = soak.Programs._ours
-    monkeypatch.setattr(soak.Programs, "_ours", faulty)
+    correct = soak_worker.Programs._ours
+    monkeypatch.setattr(soak_worker.Programs, "_ours", faulty)
     code, report = run("--cases", "6", "--signatures", "3", "--seed", "11", "--workers", "0")
     assert calls and code == 1
     words = dict(scaled="dk: off by", nan="dq: off by inf", lse="lse:", shifted="out: off by")
@@ -61,7 +65,7 @@ def test_faults_are_seen(run, fault, monkeypatch):
 
 
 def test_other_bits_the_second_time_are_seen(run, monkeypatch):
-    correct, calls = soak.Programs.get, []
+    correct, calls = soak_worker.Programs.get, []
 
     def get(self, signature):
         ours, plain = correct(self, signature)
@@ -73,26 +77,38 @@ def test_other_bits_the_second_time_are_seen(run, monkeypatch):
 
         return unsteady, plain
 
-    monkeypatch.setattr(soak.Programs, "get", get)
+    monkeypatch.setattr(soak_worker.Programs, "get", get)
     code, report = run("--cases", "1", "--signatures", "1", "--seed", "3", "--workers", "0")
     assert code == 1 and len(calls) == 2
     assert "out: other bits the second time" in report["failures"][0]["complaints"]
 
 
-def test_a_hang_ends_the_run():
-    found, late = threading.Event(), []
+def test_a_hang_ends_the_run(run, monkeypatch):
+    end = threading.Event()
+    monkeypatch.setattr(soak_worker.Programs, "get", lambda self, signature: end.wait())
+    code, report = run("--cases", "2", "--signatures", "1", "--workers", "0", "--hang", "2")
+    end.set()
+    assert code == 3 and report["hung"] == [0] and report["cases"] == 0
 
-    def on_hang(cases):
-        late.extend(cases)
-        found.set()
 
-    watch = soak.Watch(0.2, on_hang)
-    with watch.case(1):
-        pass
-    with watch.case(7):
-        assert found.wait(10)
-    watch.stopped.set()
-    assert set(late) == {7}
+def test_a_case_whose_worker_dies_has_failed_and_the_others_go_on():
+    def work(connection, cases):
+        with contextlib.closing(connection):
+            for result in (None, *[(0.5, [])] * cases):
+                connection.send(result)
+                if connection.recv() is None:
+                    return
+
+    args = soak.parse(["--cases", "6"])
+    plan = soak_cases.Plan(3, 6, 2)
+    workers, tally = [], soak.Tally(9)
+    for share, cases in (([0, 1, 2], 1), ([3, 4, 5], 9)):
+        here, there = multiprocessing.Pipe()
+        threading.Thread(target=work, args=(there, cases)).start()
+        workers.append(soak.Worker(here, None, collections.deque(share)))
+    assert soak.hand_out(args, plan, workers, tally) == []
+    assert tally.cases == 6 and tally.worst == 0.5
+    assert tally.failures == [dict(case=1, complaints=["its worker died"])]
 
 
 def test_cases_can_be_drawn_again():
@@ -104,6 +120,14 @@ def test_cases_can_be_drawn_again():
     assert first.labels() == second.labels()
     for name, value in first.operands.items():
         np.testing.assert_array_equal(value, second.operands[name])
+
+
+def test_a_plan_travels_as_what_it_is_made_of():
+    plan = soak_cases.Plan(5, 10000, 40, ["varlen"])
+    sent = pickle.dumps(plan)
+    assert len(sent) < 1000
+    got = pickle.loads(sent)
+    assert got.signatures == plan.signatures and (got.order == plan.order).all()
 
 
 def test_signatures_are_chosen_by_label():

@@ -152,9 +152,7 @@ class Problem:
             self.arrays["d" + name] = torch.full_like(self.arrays[name], math.nan)
         self.arrays["o"] = torch.full_like(self.arrays["q"], math.nan)
         self.arrays["lse"] = torch.full((batch, heads, seq_q), math.nan, device=DEVICE)
-        # More than any plan of backward_plan.h asks for at these sizes.
-        sums = 24 * batch * heads * (seq_q + 512 + 256 * self.num_sequences) * max(64, head_dim)
-        sums += 32 * batch * kv_heads * seq_k * head_dim + (64 << 20)
+        sums = self.workspace_bytes
         self.arrays["workspace"] = torch.empty(sums, dtype=torch.uint8, device=DEVICE)
         if self.bounds:
             bounds = torch.tensor(self.bounds, device=DEVICE, dtype=torch.int32)
@@ -178,6 +176,13 @@ class Problem:
     @property
     def num_sequences(self) -> int:
         return max(0, len(self.bounds) - 1)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """More than any plan of backward_plan.h asks for at these sizes."""
+        batch, seq_q, seq_k, heads, kv_heads, head_dim = self.shape.values()
+        sums = 24 * batch * heads * (seq_q + 512 + 256 * self.num_sequences) * max(64, head_dim)
+        return sums + 32 * batch * kv_heads * seq_k * head_dim + (64 << 20)
 
     def run(self, call) -> None:
         call(self.call, _stream())

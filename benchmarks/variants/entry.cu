@@ -109,6 +109,22 @@ using namespace jax_flash::attention::variants;
 
 extern "C" int call_bytes() { return sizeof(Call); }
 
+// What a process without torch needs of the runtime (sanitize.py): a copy on the device, or without
+// `host` an allocation alone; nullptr if there is no room.
+extern "C" void* to_device(const void* host, int64_t bytes) {
+  void* data = nullptr;
+  if (cudaMalloc(&data, bytes) != cudaSuccess) return nullptr;
+  if (host != nullptr) cudaMemcpy(data, host, bytes, cudaMemcpyHostToDevice);
+  return data;
+}
+
+extern "C" const char* to_host(void* host, void* data, int64_t bytes) {
+  const cudaError_t error = cudaMemcpy(host, data, bytes, cudaMemcpyDeviceToHost);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+extern "C" void release(void* data) { cudaFree(data); }
+
 // nullptr, or why it could not be launched.
 extern "C" const char* run(const Call* call, cudaStream_t stream) {
 #ifdef VARIANT_FP16
