@@ -1,8 +1,11 @@
 """The clock that all benchmarks share, and the file that takes their rows.
 
-A call is timed in bursts of back-to-back launches between two synchronisations. All calls of a
-workload are interleaved: every round visits each once, in random order. A row is the median over
-the rounds. Rows of two runs are not comparable: clocks and power differ by several percent.
+A call is timed in bursts of back-to-back launches between two synchronisations. On a GPU a burst
+of one launch stands before each, and is taken off it, with one launch: what it takes to start the
+device and to hear from it, 0.2 to 0.4 ms, a program pays once, and a burst of short calls with all
+of them. All calls of a workload are interleaved: every round visits each once, in random order. A
+row is the median over the rounds. Rows of two runs are not comparable: clocks and power differ by
+several percent.
 """
 
 from __future__ import annotations
@@ -38,18 +41,31 @@ class Timed:
     host_bound: int = 0
     calls: int = 1  # of the operator in one launch
     waiting: int = 32  # launches at most, beside the one that runs: their results take memory
+    less_start: bool = dataclasses.field(default_factory=lambda: jax.default_backend() == "gpu")
+    starts: list[float] = dataclasses.field(default_factory=list)  # seconds of one launch alone
 
     def burst(self) -> None:
+        alone = 1 if self.less_start else 0
         refill = getattr(self.call, "refill", None)
         if refill is not None:
-            self.launches = refill(self.launches)
+            self.launches = max(1, refill(self.launches + 2 * alone) - 2 * alone)
+        if alone:
+            self.starts.append(self._launch(1)[0])
+        seconds, for_host, first = self._launch(self.launches + alone)
+        if alone:
+            seconds = max(seconds - statistics.median(self.starts), 0.1 * seconds)
+        self.seconds.append(seconds / self.launches / self.calls)
+        self.host_bound += for_host / first / self.calls > 0.85 * self.seconds[-1]
+
+    def _launch(self, count: int) -> tuple[float, float, int]:
+        """Seconds of so many launches, and those of the host for the first so many."""
         # What the host needs for a launch shows in the first ones: JAX lets 32 programs wait, and
         # then the host runs at the device's pace.
-        first = min(16, self.launches, self.waiting)
+        first = min(16, count, self.waiting)
         results: collections.deque = collections.deque()
         with providers.environment(self.provider):
             start = time.perf_counter()
-            for launch in range(self.launches):
+            for launch in range(count):
                 results.append(self.call())
                 if len(results) > self.waiting:
                     jax.block_until_ready(results.popleft())  # torch's tensors are passed by
@@ -59,19 +75,26 @@ class Timed:
             end = time.perf_counter()
         results_bytes = sum(getattr(x, "nbytes", 0) for x in jax.tree.leaves(results[-1]))
         self.waiting = int(min(32, max(3, _WAITING_BYTES // max(1, results_bytes))))
-        self.seconds.append((end - start) / self.launches / self.calls)
-        self.host_bound += (enqueued - start) / first / self.calls > 0.85 * self.seconds[-1]
+        return end - start, enqueued - start, first
 
     def warm_up(self, target: float) -> None:
-        """Bursts of 1, of 2, which says how many launches fill `target` seconds, and of as many,
-        which makes the allocator take all the memory that it will need. How many really do, without
-        a burst's start of 0.2 to 0.4 ms, the last one says better."""
+        """Bursts of 1, of 2, and of as many launches as should fill `target` seconds, until one did
+        that needed no more memory than the burst before it.
+
+        The first calls of a run wait for memory that the allocator takes from the device, in the
+        first cell above all. What they took does not say how many launches fill a burst: with too
+        few, what was timed was how a burst starts.
+        """
+        less_start, self.less_start = self.less_start, False
         self.burst()
-        self.launches = 2
+        asked = self.launches = 2
         self.burst()
-        self.launches = self._launches(target)
-        self.burst()
-        self.launches = self._launches(target)
+        is_again = False
+        while (wanted := self._launches(target)) > 1.1 * asked or not is_again:
+            is_again = wanted <= 1.1 * asked
+            asked = self.launches = asked if is_again else wanted
+            self.burst()
+        self.launches, self.less_start = wanted, less_start
         self.seconds.clear()
         self.host_bound = 0
 

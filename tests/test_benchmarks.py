@@ -418,6 +418,43 @@ def test_several_calls_share_what_is_small(monkeypatch):
         np.testing.assert_array_equal(result, 2 * np.arange(6.0) + 2)
 
 
+@pytest.mark.parametrize("slow", [[*range(1), *range(3, 23)], [*range(3), *range(5, 20)]], ids=str)
+def test_slow_first_launches_do_not_shorten_bursts(slow, monkeypatch):
+    """What the first calls of a run wait for, memory above all, is not what fills a burst."""
+    now, ran = [0.0], []
+
+    def call():
+        now[0] += 8e-3 if len(ran) in slow else 1e-4
+        ran.append(None)
+        return jax.numpy.zeros(1)
+
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    entry = clock.Timed("xla", "forward", call)
+    entry.warm_up(0.02)
+    assert entry.launches == 200 and not entry.seconds
+    entry.burst()
+    assert entry.median() == pytest.approx(1e-4)
+
+
+def test_a_burst_s_start_is_taken_off(monkeypatch):
+    """Of a device that takes a while to start, and once was slow at it, the calls alone count."""
+    now, starts = [0.0], iter([3e-4, 3e-4, 3e-4, 3e-4, 9e-3, 3e-4, 3e-4, 3e-4])
+
+    def call():
+        now[0] += 2e-4
+        return jax.numpy.zeros(1)
+
+    def synchronise(result):
+        now[0] += next(starts)
+
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock.providers, "synchronise", synchronise)
+    entry = clock.Timed("xla", "forward", call, launches=10, calls=2, less_start=True)
+    for _ in range(4):
+        entry.burst()
+    np.testing.assert_allclose(entry.seconds, 1e-4)
+
+
 def test_what_waits_takes_bounded_memory(monkeypatch):
     """Launches go ahead of the device as far as their results may take memory."""
     results = jax.numpy.ones((64, 1024))

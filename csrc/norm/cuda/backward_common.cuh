@@ -15,6 +15,7 @@
 #include "device/opaque.cuh"
 #include "norm/cuda/dropout.cuh"
 #include "norm/cuda/layout.h"
+#include "norm/cuda/pace.cuh"
 #include "norm/cuda/rows.cuh"
 
 namespace jax_flash::norm {
@@ -89,7 +90,7 @@ class OwnWeight {
   uint32_t own_;
 };
 
-template <typename X, typename S, bool kHasDropout>
+template <typename X, typename S, bool kHasDropout, typename Before>
 __global__ void __launch_bounds__(kBackwardThreads)
     backward_common_kernel(const __grid_constant__ BackwardParams p,
                            const __grid_constant__ Layout layout) {
@@ -111,30 +112,44 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const int step = layout.ctas * layout.teams;
   auto first_row = [&](int unit) { return kRows == 2 ? unit / 8 * 16 + unit % 8 : unit; };
   auto has_row = [&](int row, int r) { return r == 0 || row + 8 < rows; };
-  auto offset = [&](int r, int v) { return r * 8 * int64_t{width} + 32 * kCols * v; };
   const Stages stages(shared_memory, layout.stages);
   const auto* stream =
       static_cast<const S*>(p.stream.data) + entry * p.stream.entry_stride + column;
   const auto* dz = static_cast<const X*>(p.dz.data) + entry * p.dz.entry_stride + column;
   const auto* dstream =
       static_cast<const S*>(p.dstream.data) + entry * p.dstream.entry_stride + column;
-  auto copy = [&](int stage, int r, int v, int row) {
-    const int64_t from = int64_t{row} * width + offset(r, v);
-    stages.copy_stream(stage, r, v, stream + from, has_column(v));
-    stages.copy_dz(stage, r, v, dz + from, has_column(v));
-    if (p.dstream.data) stages.copy_dstream(stage, r, v, dstream + from, has_column(v));
+  struct Sources {
+    const S *stream, *dstream;
+    const X* dz;
+  };
+  auto sources = [&](int row, int r) {
+    const int64_t from = int64_t{row + 8 * r} * width;
+    return Sources{device::opaque(stream + from), device::opaque(dstream + from),
+                   device::opaque(dz + from)};
+  };
+  const bool has_dstream = p.dstream.data != nullptr;  // else zeros
+  auto copy = [&](int stage, int r, int v, const Sources& from) {
+    const int of_vector = 32 * kCols * v;
+    stages.copy_stream(stage, r, v, from.stream + of_vector, has_column(v));
+    stages.copy_dz(stage, r, v, from.dz + of_vector, has_column(v));
+    stages.copy_dstream(stage, r, v, from.dstream + of_vector, has_column(v) && has_dstream);
   };
   int unit = cta * layout.teams + team;
+  Before::wait();
   for (int stage = 0; stage < layout.stages; ++stage) {
     const int ahead = unit + stage * step, row = first_row(ahead);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (ahead >= layout.units || !has_row(row, r)) continue;
+      const Sources from = sources(row, r);
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) copy(stage, r, v, row);
+      for (int v = 0; v < kVectors; ++v) copy(stage, r, v, from);
     }
     ptx::cp_async_commit();
   }
+
+  const bool leads = cta_warp == first_warp;
+  Pace pace(layout);
 
   const OwnWeight weights(shared_memory + blockDim.x / 32 * layout.stages * stages.kBytes);
 #pragma unroll
@@ -148,18 +163,25 @@ __global__ void __launch_bounds__(kBackwardThreads)
 
   DropoutKey key;
   if (kHasDropout) key = DropoutKey(p, entry);
-  float next_mean[kRows] = {}, next_rsigma[kRows] = {};
-  auto read_scalars = [&](int unit) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int row = min(first_row(unit) + 8 * r, rows - 1);
-      if (p.mean.data) next_mean[r] = p.mean.data[entry * p.mean.entry_stride + row];
-      next_rsigma[r] = p.rsigma.data[entry * p.rsigma.entry_stride + row];
+  // A unit's mean, rsigma and row numbers, read by lanes 0 to 5
+  const uint32_t* numbers = nullptr;
+  {
+    const int kind = lane / kRows;
+    if (kind == 0 && p.mean.data) {
+      numbers = reinterpret_cast<const uint32_t*>(p.mean.data + entry * p.mean.entry_stride);
+    } else if (kind == 1) {
+      numbers = reinterpret_cast<const uint32_t*>(p.rsigma.data + entry * p.rsigma.entry_stride);
+    } else if (kind == 2 && kHasDropout) {
+      numbers = p.row_ids.data + entry * p.row_ids.entry_stride;
     }
+  }
+  auto read_number = [&](int unit) {
+    return numbers ? numbers[min(first_row(unit) + 8 * (lane % kRows), rows - 1)] : 0u;
   };
-  read_scalars(unit);
+  uint32_t next_number = read_number(unit);
 
   float dweight[kVectors][kCols] = {}, dbias[kVectors][kCols] = {};
+  int turn = 0;
   for (int stage = 0, parity = 0; unit < layout.units; unit += step, parity ^= 1) {
     const int row = first_row(unit), ahead = unit + layout.stages * step;
     const int row_ahead = first_row(ahead);
@@ -167,14 +189,17 @@ __global__ void __launch_bounds__(kBackwardThreads)
     uint32_t id[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      rsigma[r] = next_rsigma[r];
-      shift[r] = -next_mean[r] * next_rsigma[r];
-      if (kHasDropout) {
-        const int own_row = min(row + 8 * r, rows - 1);
-        id[r] = p.row_ids.data[entry * p.row_ids.entry_stride + own_row];
-      }
+      rsigma[r] = __uint_as_float(__shfl_sync(kWarp, next_number, kRows + r));
+      shift[r] = -__uint_as_float(__shfl_sync(kWarp, next_number, r)) * rsigma[r];
+      if (kHasDropout) id[r] = __shfl_sync(kWarp, next_number, 2 * kRows + r);
     }
-    read_scalars(unit + step);
+    next_number = read_number(unit + step);
+    Kept kept;
+    if constexpr (kHasDropout) {            // while the rows are on their way
+      key.key0 = device::opaque(key.key0);  // else all rounds' keys are kept in registers
+      key.key1 = device::opaque(key.key1);
+      kept.draw(p, key, kDropoutHead, id, column);
+    }
     wait_for_oldest(layout.stages);
 
     // The two means of each row, and the sums over rows
@@ -202,6 +227,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
     }
     const float of_warp = device::warp_sums(sums);
     if (lane % kLanes == 0) parts[parity][cta_warp][lane / kLanes] = of_warp;
+    if (leads) pace.wait(turn);
+    __syncwarp();
     sync_team(team, warps);  // parts are there; those of the unit before last are free again
     float of_row = 0.0f;
 #pragma unroll
@@ -220,47 +247,41 @@ __global__ void __launch_bounds__(kBackwardThreads)
       of_stream[r] = -along * rsigma[r];
       of_one[r] = -along * shift[r] - (p.is_rms ? 0.0f : total);
     }
-    const int64_t own = (int64_t{entry} * rows + row) * width + column;
-#pragma unroll(kHasDropout&& kRows == 1 ? 1 : kVectors)
-    for (int v = 0; v < kVectors; ++v) {
-      float weight[kCols];
-      weights.read(weight, v);
-      Draws draws;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (!has_row(row, r)) continue;
-        float ds[kCols], a[kCols];
+    for (int r = 0; r < kRows; ++r) {
+      if (!has_row(row, r)) continue;
+      const bool copies = ahead < layout.units && has_row(row_ahead, r);
+      const Sources from = sources(row_ahead, r);
+      const int64_t own = (int64_t{entry} * rows + row + 8 * r) * width + column;
+      auto* dx = device::opaque(static_cast<X*>(p.dx) + own);
+      auto* dresidual = device::opaque(static_cast<S*>(p.dresidual) + own);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        float weight[kCols], ds[kCols], a[kCols];
+        weights.read(weight, v);
         stages.read_dz(ds, stage, r, v);
         stages.read_stream(a, stage, r, v);
 #pragma unroll
         for (int i = 0; i < kCols; ++i) {
-          ds[i] = (ds[i] * weight[i] + (a[i] * of_stream[r] + of_one[r])) * rsigma[r];
+          ds[i] = ds[i] * weight[i] + (a[i] * of_stream[r] + of_one[r]);
         }
-        if (p.dstream.data) {
-          stages.read_dstream(a, stage, r, v);
+        stages.read_dstream(a, stage, r, v);
 #pragma unroll
-          for (int i = 0; i < kCols; ++i) ds[i] += a[i];
-        }
-        if (ahead < layout.units && has_row(row_ahead, r)) copy(stage, r, v, row_ahead);
-        if (p.dresidual && has_column(v)) {
-          Raw<S>::narrow(ds).store(static_cast<S*>(p.dresidual) + own + offset(r, v));
-        }
+        for (int i = 0; i < kCols; ++i) ds[i] = ds[i] * rsigma[r] + a[i];
+        if (copies) copy(stage, r, v, from);
+        if (p.dresidual && has_column(v)) Raw<S>::narrow(ds).store(dresidual + 32 * kCols * v);
         if (kHasDropout) {
-          key.key0 = device::opaque(key.key0);  // else all rounds' keys are kept in registers
-          key.key1 = device::opaque(key.key1);
-          draws.draw(key, kDropoutHead, id[r], r > 0 && (id[0] ^ id[kRows - 1]) == 8,
-                     column + 32 * kCols * v);
 #pragma unroll
-          for (int i = 0; i < kCols; ++i) {
-            ds[i] = draws.keeps(p, i) ? ds[i] * p.dropout_scale : 0.0f;
-          }
+          for (int i = 0; i < kCols; ++i) ds[i] *= p.dropout_scale;
         }
-        if (has_column(v)) {
-          Raw<X>::narrow(ds).store(static_cast<X*>(p.dx) + own + offset(r, v));
-        }
+        auto result = Raw<X>::narrow(ds);
+        if (kHasDropout) kept.drop(result.chunk, v, r);
+        if (has_column(v)) result.store(dx + 32 * kCols * v);
       }
     }
 
+    if (leads) pace.tell();
+    ++turn;
     ptx::cp_async_commit();
     stage = stage + 1 == layout.stages ? 0 : stage + 1;
   }
@@ -297,10 +318,10 @@ __global__ void __launch_bounds__(kBackwardThreads)
   }
 }
 
-template <typename X>
+template <typename X, typename Before>
 const char* backward_common(const BackwardParams& p, const Layout& layout, cudaStream_t stream) {
-  return launch_common<X>(p, layout, stream, []<typename S>(S, auto has_dropout) {
-    return &backward_common_kernel<X, S, has_dropout.value>;
+  return launch_common<X, Before>(p, layout, stream, []<typename S>(S, auto has_dropout) {
+    return &backward_common_kernel<X, S, has_dropout.value, Before>;
   });
 }
 

@@ -69,4 +69,90 @@ class Draws {
   uint32_t words_[4];  // of columns 2i (low half) and 2i + 1
 };
 
+// Which of a thread's columns are kept, in two vectors of a unit's rows, as bits: one exchange
+// between neighbours serves all of them. The pair of columns 2i and 2i + 1 of vector v and row r
+// has bits 15 - k and 31 - k, k = 4 v + 2 r + i % 2, of `low_` (i < 2) or `high_`.
+class Kept {
+ public:
+  // All lanes of the warp together. Vectors are 256 columns apart.
+  template <int kRows>
+  __device__ __forceinline__ void draw(const Problem& p, const DropoutKey& key, uint32_t head,
+                                       const uint32_t (&id)[kRows], int column) {
+    const bool right = column / 8 & 1;
+    const uint32_t threshold = p.dropout_threshold | p.dropout_threshold << 16;
+    uint32_t halves[2] = {};  // of the block of 16 columns: left, right
+    if (kRows == 2 && (id[0] ^ id[kRows - 1]) == 8) {
+#pragma unroll
+      for (int k = 0; k < 8; k += 4) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const Philox4 c = call(key, head, id[0], column + 64 * k, 2 * right + i);
+          add(halves[0], c.x, threshold, k + i);
+          add(halves[1], c.y, threshold, k + i);
+          add(halves[0], c.z, threshold, k + 2 + i);
+          add(halves[1], c.w, threshold, k + 2 + i);
+        }
+      }
+      if (id[0] & 8) {  // the lower row is the first
+#pragma unroll
+        for (uint32_t& half : halves) half = half >> 2 & 0x33333333u | half << 2 & 0xccccccccu;
+      }
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < 8; ++k) {
+        if (kRows == 1 && (k & 2)) continue;
+        const uint32_t own_id = k & 2 ? id[kRows - 1] : id[0];
+        const Philox4 c = call(key, head, own_id, column + 64 * (k & 4), 2 * right + k % 2);
+        add(halves[0], own_id & 8 ? c.z : c.x, threshold, k);
+        add(halves[1], own_id & 8 ? c.w : c.y, threshold, k);
+      }
+    }
+    const uint32_t own = right ? halves[1] : halves[0], other = right ? halves[0] : halves[1];
+    const uint32_t given = __shfl_xor_sync(kWarp, other, 1);
+    low_ = right ? given : own;
+    high_ = right ? own : given;
+  }
+
+  // Zeroes what is dropped of 8 columns as they go to memory, or come from there.
+  template <typename Chunks>
+  __device__ __forceinline__ void drop(Chunks& chunks, int v, int r = 0) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t signs = (i < 2 ? low_ : high_) << (4 * v + 2 * r + i % 2);
+      if constexpr (sizeof(chunks) == 16) {
+        word(chunks[0], i) &= ptx::permute_bytes<0xbb99>(signs, 0);
+      } else {
+        word(chunks[i / 2], 2 * i % 4) &= ptx::permute_bytes<0x9999>(signs, 0);
+        word(chunks[i / 2], 2 * i % 4 + 1) &= ptx::permute_bytes<0xbbbb>(signs, 0);
+      }
+    }
+  }
+  // What was the second row is the first.
+  __device__ __forceinline__ void next_row() {
+    low_ <<= 2;
+    high_ <<= 2;
+  }
+
+ private:
+  static constexpr uint32_t kSigns = 0x80008000u;
+
+  __device__ __forceinline__ static uint32_t& word(uint4& chunk, int i) {
+    return i == 0 ? chunk.x : i == 1 ? chunk.y : i == 2 ? chunk.z : chunk.w;
+  }
+  __device__ __forceinline__ static Philox4 call(const DropoutKey& key, uint32_t head, uint32_t id,
+                                                 uint32_t column, uint32_t q) {
+    return philox({column / 16u * 4 + q, id / 16 * 8 + id % 8, head, key.batch}, key.key0,
+                  key.key1);
+  }
+  // A draw is kept if the difference to the threshold borrows nothing.
+  __device__ __forceinline__ static void add(uint32_t& half, uint32_t draws, uint32_t threshold,
+                                             int k) {
+    const uint32_t difference = __vsub2(draws, threshold);
+    const uint32_t kept = (draws & ~threshold) | ((draws | ~threshold) & ~difference);
+    half |= (kept & kSigns) >> k;
+  }
+
+  uint32_t low_ = 0, high_ = 0;
+};
+
 }  // namespace jax_flash::norm

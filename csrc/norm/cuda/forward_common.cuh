@@ -55,7 +55,7 @@ __device__ __forceinline__ void prefetch_lines(const Element* own, int lane) {
   if (lane % kLanesOfLine == 0) ptx::prefetch_l2(own);
 }
 
-template <typename X, typename S, bool kHasDropout>
+template <typename X, typename S, bool kHasDropout, typename Before>
 __global__ void __launch_bounds__(kForwardThreads, 2)
     forward_common_kernel(const __grid_constant__ ForwardParams p,
                           const __grid_constant__ Layout layout) {
@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) has_column[v] = column + 32 * kCols * v < width;
 
+  Before::wait();
   // All loads; what does not exist is 0
   const auto* x = at(static_cast<const X*>(p.x.data), entry * p.x.entry_stride + own);
   const auto* residual =
@@ -114,8 +115,8 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   }
   if (kHasDropout) ptx::cp_async_commit();
 
-  // Draws, while the loads are on their way: bit 8 v + i for column i of vector v
-  uint32_t kept[kRows] = {};
+  // Draws, while the loads are on their way
+  Kept kept;
   if constexpr (kHasDropout) {
     const DropoutKey key(p, entry);
     uint32_t id[kRows] = {};
@@ -123,16 +124,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
     for (int r = 0; r < kRows; ++r) {
       if (has_row[r]) id[r] = p.row_ids.data[entry * p.row_ids.entry_stride + first + 8 * r];
     }
-#pragma unroll 1
-    for (int v = 0; v < kVectors; ++v) {
-      Draws draws;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const bool again = r > 0 && (id[0] ^ id[kRows - 1]) == 8;
-        draws.draw(key, kDropoutHead, id[r], again, column + 32 * kCols * v);
-        kept[r] |= draws.kept(p) << 8 * v;
-      }
-    }
+    kept.draw(p, key, kDropoutHead, id, column);
   }
 
   // s, its sums, and the stream
@@ -148,11 +140,12 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
         raw_x[r][v] = pair.x(r, v);
         raw_residual[r][v] = pair.residual(r, v);
       }
+      if (kHasDropout) kept.drop(raw_x[r][v].chunk, v, r);
       raw_x[r][v].widen(a);
       raw_residual[r][v].widen(s[r][v]);
 #pragma unroll
       for (int i = 0; i < kCols; ++i) {
-        if (kHasDropout) a[i] = kept[r] >> (8 * v + i) & 1 ? a[i] * p.dropout_scale : 0.0f;
+        if (kHasDropout) a[i] *= p.dropout_scale;
         s[r][v][i] += a[i];
         sums[r] += s[r][v][i];
       }
@@ -267,10 +260,10 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   }
 }
 
-template <typename X>
+template <typename X, typename Before>
 const char* forward_common(const ForwardParams& p, const Layout& layout, cudaStream_t stream) {
-  return launch_common<X>(p, layout, stream, []<typename S>(S, auto has_dropout) {
-    return &forward_common_kernel<X, S, has_dropout.value>;
+  return launch_common<X, Before>(p, layout, stream, []<typename S>(S, auto has_dropout) {
+    return &forward_common_kernel<X, S, has_dropout.value, Before>;
   });
 }
 

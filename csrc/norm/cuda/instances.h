@@ -5,12 +5,16 @@
 
 namespace jax_flash::norm {
 
-// The common call (layout.h).
-template <typename X>
+// The common call (layout.h); Before: Nothing, or on Hopper PriorGrid.
+template <typename X, typename Before>
 const char* forward_common(const ForwardParams& params, const Layout& layout, cudaStream_t stream);
-template <typename X>
+template <typename X, typename Before>
 const char* backward_common(const BackwardParams& params, const Layout& layout,
                             cudaStream_t stream);
+
+// Programmatic dependents of whatever the stream's kernel before them is: what it takes to start a
+// kernel passes while that one ends. Defined in instances/sm90.
+struct PriorGrid;
 
 // Every call, with two vectors a thread or, in rows wider than 8192, the number below. The
 // backward's 256 threads have 255 registers: its two sums of 8 * 8 columns take 128 of them.
@@ -22,6 +26,7 @@ template <typename X>
 const char* backward(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
 
 // The backward's second kernel (sums.cuh) on Hopper: a programmatic dependent of the first.
-const char* sum_as_dependent(const BackwardParams& params, int ctas, cudaStream_t stream);
+const char* sum_as_dependent(const BackwardParams& params, int ctas, uint32_t* units_done,
+                             cudaStream_t stream);
 
 }  // namespace jax_flash::norm

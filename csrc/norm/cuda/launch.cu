@@ -70,12 +70,12 @@ const char* claim(const Problem& p, const Array<int32_t>& subset, int64_t compac
 
 // Sums over rows -------------------------------------------------------------------------------
 
-struct Nothing {
-  __device__ __forceinline__ static void wait() {}
-};
+// Of a backward on this device; 0 between them.
+__device__ uint32_t units_done_now;
 
-const char* sum(const BackwardParams& p, int ctas, cudaStream_t stream) {
-  if (device::runs_sm90_kernels()) return sum_as_dependent(p, ctas, stream);
+const char* sum(const BackwardParams& p, int ctas, cudaStream_t stream,
+                uint32_t* units_done = nullptr) {
+  if (device::runs_sm90_kernels()) return sum_as_dependent(p, ctas, units_done, stream);
   const Sums sums(p, ctas);
   device::visit(p.sums_dtype, [&]<typename Result>() {
     sum_kernel<Result, Nothing><<<sums.grid, Sums::kBlock, 0, stream>>>(sums);
@@ -102,8 +102,10 @@ const char* launch_norm_forward(const ForwardParams& p, cudaStream_t stream) {
     Layout layout;
     if (const char* error = forward_layout(p, layout)) return error;
     if (layout.fits) {
-      return device::visit(p.dtype,
-                           [&]<typename X>() { return forward_common<X>(p, layout, stream); });
+      return device::visit(p.dtype, [&]<typename X>() {
+        return device::runs_sm90_kernels() ? forward_common<X, PriorGrid>(p, layout, stream)
+                                           : forward_common<X, Nothing>(p, layout, stream);
+      });
     }
   }
   wishes.operands[0] = {p.x, p.dtype, p.x_subset.data ? Operand::kCompactX : Operand::kStream};
@@ -127,9 +129,17 @@ const char* launch_norm_backward(const BackwardParams& p, cudaStream_t stream) {
     Layout layout;
     if (const char* error = backward_layout(p, layout)) return error;
     if (layout.fits) {
-      const char* error = device::visit(
-          p.dtype, [&]<typename X>() { return backward_common<X>(p, layout, stream); });
-      return error ? error : sum(p, layout.ctas, stream);
+      const bool is_hopper = device::runs_sm90_kernels();
+      if (is_hopper && layout.may_pace) {
+        const cudaError_t error =
+            cudaGetSymbolAddress(reinterpret_cast<void**>(&layout.units_done), units_done_now);
+        if (error != cudaSuccess) return cudaGetErrorString(error);
+      }
+      const char* error = device::visit(p.dtype, [&]<typename X>() {
+        return is_hopper ? backward_common<X, PriorGrid>(p, layout, stream)
+                         : backward_common<X, Nothing>(p, layout, stream);
+      });
+      return error ? error : sum(p, layout.ctas, stream, layout.units_done);
     }
   }
   const auto z_rows = p.out_subset.data ? Operand::kCompactZ : Operand::kStream;

@@ -10,14 +10,16 @@
 namespace jax_flash::norm {
 
 struct Layout {
-  int warps = 0, teams = 0;      // of a team, of a CTA
-  int ctas = 0, units = 0;       // of one entry; a unit is a row or a pair
-  int stages = 0;                // backward: units of a team in shared memory, or on their way
-  int shared_bytes = 0;          // of a CTA
-  bool fits = true;              // into this GPU's shared memory
-  float per_column = 0.0f;       // 1 / width
-  float per_last_column = 0.0f;  // forward: of those that a team's last warp has
-  int rows_ahead = 0;            // forward: how far ahead rows are brought into L2; 0: none are
+  int warps = 0, teams = 0;        // of a team, of a CTA
+  int ctas = 0, units = 0;         // of one entry; a unit is a row or a pair
+  int stages = 0;                  // backward: units of a team in shared memory, or on their way
+  int shared_bytes = 0;            // of a CTA
+  bool fits = true;                // into this GPU's shared memory
+  float per_column = 0.0f;         // 1 / width
+  float per_last_column = 0.0f;    // forward: of those that a team's last warp has
+  uint32_t* units_done = nullptr;  // backward: by all teams (pace.cuh); nullptr: nobody waits
+  bool may_pace = false;           // backward: may count units (pace.cuh)
+  int rows_ahead = 0;              // forward: how far ahead rows are brought into L2; 0: none are
 };
 
 inline constexpr int kCommonWidth = 8192, kCommonEntries = 65535;
@@ -60,9 +62,10 @@ inline const char* forward_layout(const ForwardParams& p, Layout& layout) {
         static_cast<int>(layout.warps * layout.teams * kWarpColumns * column_bytes);
   }
   layout.fits = layout.shared_bytes <= device.shared_bytes - kStaticBytes;
-  // A quarter of the CTAs that run at a time. At 4096 features 130.3 us for 133.2, with half of
-  // them 130.6, but with all of them 141.1; other widths were not tried (H200, 2026-11-28).
-  if (layout.warps > 4 && layout.warps <= 8) layout.rows_ahead = device.sms;
+  // A quarter of the CTAs that run at a time, 32 warps an SM. At 4096 features 130.3 us for 133.2
+  // (half of them 130.6, all of them 141.1), at 8192 254.9 for 260.9, at 2048 67.7 for 68.0, at
+  // 1024 36.2 for 36.4 (H200, 2026-11-28).
+  if (layout.warps > 1) layout.rows_ahead = device.sms * 8 / layout.warps;
   layout.per_column = 1.0f / p.width;
   layout.per_last_column = 1.0f / (p.width - kWarpColumns * (layout.warps - 1));
   return nullptr;
@@ -93,25 +96,22 @@ inline const char* backward_layout(const BackwardParams& p, Layout& layout) {
   const int64_t wanted = (layout.units + layout.teams - 1) / layout.teams;
   const int64_t share = std::max<int64_t>(1, (device.sms + p.entries - 1) / p.entries);
   layout.ctas = static_cast<int>(std::min({wanted, share, p.num_partials}));
+  // All CTAs run at once, and a unit takes longer than it takes to count it
+  layout.may_pace = backward_rows(stream_bytes, has_dropout) == 2 && layout.warps >= 4 &&
+                    layout.ctas * p.entries <= device.sms;
   return nullptr;
 }
 
-template <typename Params>
-const char* launch(void (*kernel)(Params, Layout), const Params& p, const Layout& layout,
-                   cudaStream_t stream) {
-  const dim3 grid(layout.ctas, static_cast<unsigned>(p.entries));
-  return launch(kernel, p, layout, grid, 32 * layout.warps * layout.teams, layout.shared_bytes,
-                stream);
-}
-
-// kernel_of(S{}, std::bool_constant<kHasDropout>{}): the kernel of x's type X and the stream's S.
-template <typename X, typename Params, typename KernelOf>
+// kernel_of(S{}, std::bool_constant<kHasDropout>{}): the kernel of the stream's type S.
+template <typename X, typename Before, typename Params, typename KernelOf>
 const char* launch_common(const Params& p, const Layout& layout, cudaStream_t stream,
                           KernelOf kernel_of) {
+  const dim3 grid(layout.ctas, static_cast<unsigned>(p.entries));
   auto run = [&](auto s) {
     auto* kernel =
         p.dropout_threshold ? kernel_of(s, std::true_type{}) : kernel_of(s, std::false_type{});
-    return launch(kernel, p, layout, stream);
+    return launch(kernel, p, layout, grid, 32 * layout.warps * layout.teams, layout.shared_bytes,
+                  stream, Before::kWaits);
   };
   return p.stream_dtype == p.dtype ? run(X{}) : run(float{});
 }

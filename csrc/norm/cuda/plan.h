@@ -149,16 +149,33 @@ inline int shared_bytes(const Plan& plan) {
   return static_cast<int>(plan.stages_bytes + plan.teams * plan.num_sums * plan.sums_bytes);
 }
 
+// What a kernel does before it touches memory that the stream's kernel before it may have written:
+// this, where it starts after that one is over.
+struct Nothing {
+  static constexpr bool kWaits = false;
+  __device__ __forceinline__ static void wait() {}
+};
+
+// `waits`: the kernel may start while the stream's kernel before it ends, and waits for its end.
 template <typename Params, typename Shape>
 const char* launch(void (*kernel)(Params, Shape), const Params& p, const Shape& shape, dim3 grid,
-                   int threads, int shared_bytes, cudaStream_t stream) {
+                   int threads, int shared_bytes, cudaStream_t stream, bool waits = false) {
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 40 << 10) {  // with static memory less than the 48 KB all kernels may have
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
-  kernel<<<grid, threads, shared_bytes, stream>>>(p, shape);
-  error = cudaGetLastError();
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = waits ? 1 : 0;
+  error = cudaLaunchKernelEx(&config, kernel, p, shape);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -19,6 +19,10 @@ __device__ __forceinline__ void widen(float* x, const uint4& chunk) {
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(Element) == 4) {
       x[i] = __uint_as_float(words[i]);
+    } else if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+      // NOTE: of __bfloat1622float2 sm_90 code takes two instructions for the upper half.
+      x[2 * i] = __uint_as_float(words[i] << 16);
+      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     } else {
       const float2 pair = device::unpack<Element>(words[i]);
       x[2 * i] = pair.x;

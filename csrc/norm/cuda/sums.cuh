@@ -16,6 +16,7 @@ struct Sums {
   void* results[kSums] = {};
   int64_t entries, num_partials, width, tiles;
   int ctas;
+  uint32_t* units_done = nullptr;  // of the first kernel: 0 for the next (pace.cuh)
   dim3 grid;
 
   Sums(const BackwardParams& p, int ctas)
@@ -44,6 +45,9 @@ __global__ void sum_kernel(const __grid_constant__ Sums p) {
   const float* from =
       p.partials + (blockIdx.y * p.entries + entry) * p.num_partials * p.width + column;
   Before::wait();
+  if (p.units_done != nullptr && blockIdx.x + blockIdx.y + threadIdx.x + threadIdx.y == 0) {
+    *p.units_done = 0;
+  }
   float sum = 0.0f;
   for (int cta = threadIdx.y; cta < p.ctas; cta += kAtOnce * Sums::kSplits) {
     float x[kAtOnce];

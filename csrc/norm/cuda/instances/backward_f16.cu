@@ -3,7 +3,8 @@
 
 namespace jax_flash::norm {
 
-template const char* backward_common<__half>(const BackwardParams&, const Layout&, cudaStream_t);
+template const char* backward_common<__half, Nothing>(const BackwardParams&, const Layout&,
+                                                      cudaStream_t);
 template const char* backward<__half>(const BackwardParams&, const Plan&, cudaStream_t);
 
 }  // namespace jax_flash::norm

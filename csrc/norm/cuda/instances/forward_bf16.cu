@@ -3,8 +3,8 @@
 
 namespace jax_flash::norm {
 
-template const char* forward_common<__nv_bfloat16>(const ForwardParams&, const Layout&,
-                                                   cudaStream_t);
+template const char* forward_common<__nv_bfloat16, Nothing>(const ForwardParams&, const Layout&,
+                                                            cudaStream_t);
 template const char* forward<__nv_bfloat16>(const ForwardParams&, const Plan&, cudaStream_t);
 
 }  // namespace jax_flash::norm

@@ -3,7 +3,8 @@
 
 namespace jax_flash::norm {
 
-template const char* forward_common<__half>(const ForwardParams&, const Layout&, cudaStream_t);
+template const char* forward_common<__half, Nothing>(const ForwardParams&, const Layout&,
+                                                     cudaStream_t);
 template const char* forward<__half>(const ForwardParams&, const Plan&, cudaStream_t);
 
 }  // namespace jax_flash::norm

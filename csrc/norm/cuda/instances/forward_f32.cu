@@ -3,7 +3,8 @@
 
 namespace jax_flash::norm {
 
-template const char* forward_common<float>(const ForwardParams&, const Layout&, cudaStream_t);
+template const char* forward_common<float, Nothing>(const ForwardParams&, const Layout&,
+                                                    cudaStream_t);
 template const char* forward<float>(const ForwardParams&, const Plan&, cudaStream_t);
 
 }  // namespace jax_flash::norm

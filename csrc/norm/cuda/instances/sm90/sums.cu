@@ -2,20 +2,15 @@
 // the gap between two kernels (1.4 of 142 us at 4096 features, H200 2026-11-28).
 #include "device/vector.cuh"
 #include "norm/cuda/instances.h"
+#include "norm/cuda/instances/sm90/prior_grid.cuh"
 #include "norm/cuda/sums.cuh"
-#include "ptx/sm90.cuh"
 
 namespace jax_flash::norm {
-namespace {
 
-struct PriorGrid {
-  __device__ __forceinline__ static void wait() { ptx::wait_for_prior_grid(); }
-};
-
-}  // namespace
-
-const char* sum_as_dependent(const BackwardParams& p, int ctas, cudaStream_t stream) {
-  const Sums sums(p, ctas);
+const char* sum_as_dependent(const BackwardParams& p, int ctas, uint32_t* units_done,
+                             cudaStream_t stream) {
+  Sums sums(p, ctas);
+  sums.units_done = units_done;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
