@@ -259,6 +259,26 @@ def test_ordered_sum(run):
 
 
 @pytest.mark.gpu
+def test_claimed_sum(run):
+    """Sums that begin with a store, by whichever of many CTAs comes first."""
+    source = _integers(3, 400, 508)
+    results = (_shape("float32", 70, 508), _shape("int32", 70))
+    for _ in range(3):
+        total, states = run("claimed_sum", results, source)
+        np.testing.assert_array_equal(total, np.tile(source.sum(0), (70, 1)))
+        np.testing.assert_array_equal(states, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [64, 128])
+def test_repeated_rows(run, n):
+    """Operands of wgmma that stand for more rows and columns than are in memory."""
+    a, b = _integers(0, 8, 8), _integers(1, 8, n)
+    got = run("repeated_rows", _shape("float32", 64, n), _bits(a, "bfloat16"), _bits(b, "bfloat16"))
+    np.testing.assert_array_equal(got, np.tile(2 * a.T @ b, (8, 1)))
+
+
+@pytest.mark.gpu
 def test_cluster(run):
     """Rows that go from one CTA of a pair to the other and back, all bits of them."""
     source = np.random.default_rng(0).integers(0, 1 << 32, (150, 40, 512), dtype=np.uint32)

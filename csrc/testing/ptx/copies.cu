@@ -115,7 +115,11 @@ __global__ void __launch_bounds__(384, 1)
       if (delay < 0 && (step + warpgroup) % 4 == 0) __nanosleep(-delay);
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sum[i] += stages[stage][thread % 64 + i];
-      ptx::mbarrier_arrive(empty[stage]);
+      if (thread % 2 == 0) {
+        ptx::mbarrier_arrive(empty[stage]);
+      } else {  // of a load that nothing else uses
+        ptx::mbarrier_arrive_after(empty[stage], __float_as_uint(stages[stage][thread]));
+      }
     }
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[thread * kSums + i] = sum[i];

@@ -123,6 +123,22 @@ ffi::Error ordered_sum(cudaStream_t stream, F32 source, ffi::Result<F32> total,
                                      turn->typed_data(), stream));
 }
 
+ffi::Error claimed_sum(cudaStream_t stream, F32 source, ffi::Result<F32> total,
+                       ffi::Result<S32> states) {
+  return to_error(launch_claimed_sum(source.typed_data(), dim(source.dimensions(), 0),
+                                     dim(source.dimensions(), 1), dim(total->dimensions(), 0),
+                                     total->typed_data(), states->typed_data(), stream));
+}
+
+ffi::Error repeated_rows(cudaStream_t stream, U16 a, U16 b, ffi::Result<F32> d) {
+  const int n = dim(b.dimensions(), 1);
+  if (a.element_count() != 64 || b.element_count() != size_t{8} * n ||
+      d->element_count() != size_t{64} * n) {
+    return bad_argument("b", "[8, n], with a of [8, 8]", to_string(b.dimensions()));
+  }
+  return to_error(launch_repeated_rows(a.typed_data(), b.typed_data(), n, d->typed_data(), stream));
+}
+
 ffi::Error cluster(cudaStream_t stream, U32 source, U32 constant, ffi::Result<U32> out) {
   const auto dims = source.dimensions();
   if (dims.size() != 3 || dims[2] != 512 || constant.element_count() != 4 ||
@@ -198,6 +214,18 @@ XLA_FFI_DEFINE_HANDLER(OrderedSum, ordered_sum,
                            .Ret<F32>()    // total
                            .Ret<S32>());  // turn
 
+XLA_FFI_DEFINE_HANDLER(ClaimedSum, claimed_sum,
+                       bind()
+                           .Arg<F32>()    // source
+                           .Ret<F32>()    // total
+                           .Ret<S32>());  // states
+
+XLA_FFI_DEFINE_HANDLER(RepeatedRows, repeated_rows,
+                       bind()
+                           .Arg<U16>()    // a
+                           .Arg<U16>()    // b
+                           .Ret<F32>());  // d
+
 XLA_FFI_DEFINE_HANDLER(Cluster, cluster,
                        bind()
                            .Arg<U32>()    // source
@@ -224,6 +252,8 @@ NB_MODULE(_cuda_testing, module) {
     table["jax_flash_testing.named_barriers"] = handler(NamedBarriers);
     table["jax_flash_testing.dependent_pair"] = handler(DependentPair);
     table["jax_flash_testing.ordered_sum"] = handler(OrderedSum);
+    table["jax_flash_testing.claimed_sum"] = handler(ClaimedSum);
+    table["jax_flash_testing.repeated_rows"] = handler(RepeatedRows);
     table["jax_flash_testing.cluster"] = handler(Cluster);
     return table;
   });

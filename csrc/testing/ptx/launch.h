@@ -67,6 +67,16 @@ const char* launch_dependent_pair(const float* source, int columns, float* scrat
 const char* launch_ordered_sum(const float* source, int ctas, int columns, float* total,
                                int32_t* turn, cudaStream_t stream);
 
+// total [totals, columns], each = the sum of source [ctas, columns], begun with a store by whoever
+// comes first; states [totals]: 2.
+const char* launch_claimed_sum(const float* source, int ctas, int columns, int totals, float* total,
+                               int32_t* states, cudaStream_t stream);
+
+// d [64, n] = 2 x the sum over k < 8 of a [8, 8] (k, row % 8) b [8, n] (k, column): operands whose
+// eight rows count twice, and A's eight columns eight times. n: 64 or 128.
+const char* launch_repeated_rows(const uint16_t* a, const uint16_t* b, int n, float* d,
+                                 cudaStream_t stream);
+
 // out [pairs, rows, 512] = source + constant [4], except for words 0, 4, 8, ..., which stay: each
 // row goes from one CTA of a cluster to the other and back.
 const char* launch_cluster(const uint32_t* source, const uint32_t* constant, int pairs, int rows,
