@@ -277,18 +277,18 @@ def test_bitwise_repeatable(implementation, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_bitwise_repeatable_whoever_takes_a_tile(dtype, head_dim):
+@pytest.mark.parametrize("mask", ["lengths", "causal"])
+def test_bitwise_repeatable_whoever_takes_a_tile(mask, dtype, head_dim):
     """Tiles go to whichever CTA is ready, and the rows of some end within one: what comes before a
     tile, in the same CTA, must not be seen in its bits."""
-    shape = Shape(7, 159, 70, 40, 10, head_dim)
-    call = jax.jit(
-        functools.partial(
-            jax_flash.attention,
-            key_value_seq_lengths=np.array([69, 64, 6, 4, 30, 73, 5], np.int32),
-            return_lse=True,
-            implementation="cuda",
-        )
+    shape, options = Shape(7, 159, 159, 40, 10, head_dim), dict(is_causal=True)
+    if mask == "lengths":
+        shape = Shape(7, 159, 70, 40, 10, head_dim)
+        options = dict(key_value_seq_lengths=np.array([69, 64, 6, 4, 30, 73, 5], np.int32))
+    attend = functools.partial(
+        jax_flash.attention, **options, return_lse=True, implementation="cuda"
     )
+    call = jax.jit(attend)
     with jax.default_device(device("cuda")):
         arrays = jax.device_put(random(9, dtype, shape.query, shape.key, shape.value))
         first, *others = jax.device_get([call(*arrays) for _ in range(200)])
