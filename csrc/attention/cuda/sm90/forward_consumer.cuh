@@ -97,8 +97,7 @@ class ForwardConsumer {
     const uint32_t job = job_;
     if (!kIsPlain) begin(next);
     bool moved = false;
-    const bool is_good = to_probabilities < kIsPlain, !kIsPlain && Traits::kFlattened,
-               true > (next, moved);
+    const bool is_good = to_probabilities<kIsPlain, (!kIsPlain && Traits::kFlattened)>(next, moved);
     if (kIsPlain || is_good) release_operands(next);
     ptx::wgmma_wait<0>();  // O
     ptx::wgmma_pin(rO_);
@@ -138,7 +137,8 @@ class ForwardConsumer {
     ptx::wgmma_pin(rS_[0]);
     begin(next);
     bool moved = false;
-    if (to_probabilities<false, Traits::kTeams == 1, false>(next, moved)) {
+    if (to_probabilities<false, Traits::kTeams == 1>(next, moved)) {
+      if (moved) rescale();
       release_operands(next);
       pack_probabilities();
     } else {
@@ -243,10 +243,10 @@ class ForwardConsumer {
     ptx::wgmma_commit();
   }
 
-  // S -> P. `moved`: a reference has, and where a product may still add to O (kUnderValue), which
-  // belongs to the old one, the caller must rescale O as soon as that is there. False where the
-  // guess that begins a job (kBeginsJobs) was none too good: begin_again.
-  template <bool kIsPlain, bool kBeginsJobs, bool kUnderValue>
+  // S -> P. `moved`: a reference has, and the caller must rescale O, as soon as the product that
+  // may still add to it, which belongs to the old reference, is there. False where the guess that
+  // begins a job (kBeginsJobs) was none too good: begin_again.
+  template <bool kIsPlain, bool kBeginsJobs>
   __device__ __forceinline__ bool to_probabilities(Step next, bool& moved) {
     bool is_good = true;
     float alpha[2];
@@ -256,8 +256,7 @@ class ForwardConsumer {
         is_good = unusual_tiles().guess(next, softmax_, rS_);
       } else {
         moved = unusual_tiles().update(next, softmax_, rS_, alpha) && !next.is_first();
-        if (moved && kUnderValue) keep(alpha);
-        if (moved && !kUnderValue) rescale(alpha);
+        if (moved) keep(alpha);
       }
       draw();
     } else if (!softmax_.try_update(rS_[0], a_.scale_log2, [this](int i) {
@@ -351,15 +350,12 @@ class ForwardConsumer {
   __device__ __forceinline__ void rescale() {
     const int row = lane() / 4;
     const float alpha[2] = {kept_alpha()[row], kept_alpha()[row + 8]};
-    rescale(alpha);
-    __syncwarp();  // The factors have been read.
-  }
-  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
 #pragma unroll
     for (int d = 0; d < Traits::kFragmentsV; ++d) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) rO_[d][e] *= alpha[e / 2];
     }
+    __syncwarp();  // The factors have been read.
   }
   __device__ __forceinline__ float* kept_alpha() const { return &smem_.alpha[first_row()]; }
 
