@@ -181,12 +181,22 @@ def model(rows: ModelRows) -> str:
         cells.append(
             " / ".join(f"{float(row[name]):.1f}" for name in ("forward_ms", "backward_ms"))
         )
-        inside = [row[f"step_{kind}_ms"] for kind in ("forward", "backward", "products", "rest")]
-        cells += [f"{float(value):.1f}" if value else "" for value in inside]
         lines.append(cells)
-    header = ["attention", "ms a step", "tokens/s", "memory, GB", "all layers' attention alone"]
-    header += [f"in the step: {kind}" for kind in ("forward", "backward", "products", "rest")]
-    return rows.latest()[0]["model"] + ":\n\n" + _table(header, lines)
+    header = ["attention", "ms a step", "tokens/s", "memory, GB", "all layers' attention alone, ms"]
+    text = rows.latest()[0]["model"] + ":\n\n" + _table(header, lines)
+
+    kinds = ("forward", "backward", "products", "rest")
+    profiled = rows.latest(with_value="step_forward_ms")
+    if not profiled:
+        return text
+    lines = [
+        [LABELS.get(row["attention"], row["attention"]), f"{float(row['step_ms']):.1f}"]
+        + [f"{float(row[f'step_{kind}_ms']):.1f}" for kind in kinds]
+        for row in profiled
+    ]
+    header = ["attention", "ms a step", *(f"in the step: {kind}" for kind in kinds)]
+    caption = f"\nWhere a step's time goes, by the profiler ({profiled[0]['date']}):\n\n"
+    return text + caption + _table(header, lines)
 
 
 _PROGRAMS = {"jax_flash": "fused layers", "jax_nn_cudnn": "plain Flax, jax.nn's cuDNN attention"}

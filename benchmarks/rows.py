@@ -140,10 +140,12 @@ class ModelRows:
         self.dates = sorted({row["date"] for row in self.latest()})
         self.versions = sorted({row["version"] for row in self.latest()})
 
-    def latest(self, name: str | None = None) -> list[dict]:
-        """The rows of the latest run, or of the latest one of the model called so."""
+    def latest(self, name: str | None = None, with_value: str | None = None) -> list[dict]:
+        """The rows of the latest run: of the model called so, with a value in that column."""
         rows = [row for row in self.rows if name in (None, row["model"])]
-        run = max(row["run"] for row in rows)
+        if with_value is not None:
+            rows = [row for row in rows if row[with_value]]
+        run = max((row["run"] for row in rows), default="")
         return [row for row in rows if row["run"] == run]
 
     def names(self) -> list[str]:
