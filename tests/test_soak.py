@@ -92,12 +92,17 @@ def test_a_hang_ends_the_run(run, monkeypatch):
 
 
 def test_a_case_whose_worker_dies_has_failed_and_the_others_go_on():
+    has_died = threading.Event()
+
     def work(connection, cases):
         with contextlib.closing(connection):
             for result in (None, *[(0.5, [])] * cases):
                 connection.send(result)
                 if connection.recv() is None:
                     return
+                if cases > 1:  # not before the other has its last case, or this one takes that
+                    has_died.wait()
+        has_died.set()
 
     args = soak.parse(["--cases", "6"])
     plan = soak_cases.Plan(3, 6, 2)
